@@ -9,7 +9,6 @@ import datetime
 import os
 import re
 from collections.abc import Mapping
-from pathlib import PurePosixPath
 
 from pipelines.transforms.errors import UserError
 
@@ -56,7 +55,7 @@ class Deployment:
     @property
     def facts(self) -> str:
         """Where the graph's commit step writes what it did, as JSON, for the report: beside the report."""
-        return str(PurePosixPath(self.report).with_suffix(".facts.json")).replace(":/", "://")
+        return self.report.removesuffix(".json") + ".facts.json"
 
 
 def expand(uri: str) -> str:

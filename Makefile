@@ -1,0 +1,45 @@
+# Every target with a line of its own: make help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test check bench constraints clean types
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+install: .venv/.installed  ## make .venv and install the project with its tools, at the versions of constraints.txt
+
+run: install  ## run the built-in flights pipeline: 336,776 real flights into data/  (ARGS="--from=2013-06-01")
+	$(BIN)/python -m pipelines.run --pipeline=flights $(ARGS)
+
+test: install  ## run the tests  (ARGS="tests/io -k delta" for some of them)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: install types  ## ruff, mypy strict, and the import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy .types/pipelines tests benchmarks setup.py
+	PYTHONPATH=.types $(BIN)/lint-imports
+
+bench: install  ## measure against DuckDB, Polars, PySpark and per-row Beam; writes docs/benchmarks.md
+	$(BIN)/uv pip install -q --python $(BIN)/python --compile-bytecode -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks $(ARGS)
+
+constraints: install  ## pin the newest versions that setup.py allows, of everything, into constraints.txt
+	$(BIN)/uv pip compile -q --upgrade --universal --python-version 3.11 --all-extras --no-annotate --no-header setup.py -o constraints.txt
+
+clean:  ## remove what was made: the environment, caches, builds (data/ stays)
+	rm -rf .venv .types build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+# The packages linked together as Python sees them, for tools that read files and do not follow __path__.
+types:
+	@rm -rf .types && mkdir -p .types/pipelines && cd .types/pipelines && ln -s ../../pipelines/* ../../transforms ../../io ../../runners .
+
+.venv/.installed: setup.py pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt uv
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -c constraints.txt -e '.[dev]'
+	@touch $@
