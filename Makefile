@@ -22,7 +22,7 @@ check: install types  ## ruff, mypy strict, and the import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .types/pipelines tests benchmarks setup.py
-	PYTHONPATH=.types $(BIN)/lint-imports
+	cd .types && ../$(BIN)/lint-imports --config ../pyproject.toml --no-logo
 
 bench: install  ## measure against DuckDB, Polars, PySpark and per-row Beam; writes docs/benchmarks.md
 	$(BIN)/uv pip install -q --python $(BIN)/python --compile-bytecode -c constraints.txt -e '.[bench]'
@@ -34,9 +34,12 @@ constraints: install  ## pin the newest versions that setup.py allows, of everyt
 clean:  ## remove what was made: the environment, caches, builds (data/ stays)
 	rm -rf .venv .types build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-# The packages linked together as Python sees them, for tools that read files and do not follow __path__.
+# The packages laid out as Python sees them, by links: mypy and import-linter read files and do not follow __path__.
 types:
-	@rm -rf .types && mkdir -p .types/pipelines && cd .types/pipelines && ln -s ../../pipelines/* ../../transforms ../../io ../../runners .
+	@rm -rf .types; for folder in . examples transforms io runners; do mkdir -p .types/pipelines/$$folder; done
+	@ln -s $(CURDIR)/pipelines/*.py $(CURDIR)/pipelines/py.typed .types/pipelines
+	@ln -s $(CURDIR)/pipelines/examples/*.py .types/pipelines/examples
+	@for folder in transforms io runners; do ln -s $(CURDIR)/$$folder/*.py .types/pipelines/$$folder; done
 
 .venv/.installed: setup.py pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -1,7 +1,7 @@
 """Where a pipeline's data lives and how much of it a run takes: the deployment, which a definition never names.
 
-Values come in layers, each stronger than the next: flags, the environment (``PIPELINES_WAREHOUSE`` …), ``pipelines.toml``,
-and the embedded defaults below, which need no server. Beam-free.
+Values come in layers, each stronger than the next: flags, the environment (``PIPELINES_WAREHOUSE`` …),
+``pipelines.toml``, and the embedded defaults below, which need no server. Beam-free.
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ MODES = ("batch",)
 
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 _PASSWORD = re.compile(r"(\w://[^\s:/@]*:)[^\s/]+@")
-_PARAMETER = re.compile(r"([?&][^=&\s]*(?:pass|pwd|secret|token|credential|signature|access_?key|api_?key)[^=&\s]*=)[^&\s]+", re.I)
+_SECRET = "pass|pwd|secret|token|credential|signature|access_?key|api_?key"
+_PARAMETER = re.compile(rf"([?&][^=&\s]*(?:{_SECRET})[^=&\s]*=)[^&\s]+", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +25,9 @@ class Deployment:
     """Everything a graph needs to know beside the definition. All places are URIs with ``${ENV}`` already expanded.
 
     history: the files to read. dimensions: name → files. warehouse: tables ``<warehouse>/<pipeline>/<view>``.
-    store: the low-latency store, None when switched off. dead_letters: the table of refused rows. from_, to: the event times
-    [from_, to) to recompute, aware, None = open. max_rejected: the share of read rows past which the run is refused.
-    key_file: the file with the key of personal columns (else the environment variable PIPELINES_KEY).
+    store: the low-latency store, None when switched off. dead_letters: the table of refused rows. from_, to: the event
+    times [from_, to) to recompute, aware, None = open. max_rejected: the share of read rows past which the run is
+    refused. key_file: the file with the key of personal columns (else the environment variable PIPELINES_KEY).
     buckets: parts of a view's merge, None = the runner's default.
     """
 
@@ -46,7 +47,7 @@ class Deployment:
 
     def __post_init__(self) -> None:
         if self.from_ is not None and self.to is not None and self.from_ >= self.to:
-            raise UserError(f"--from={self.from_.isoformat()} is not before --to={self.to.isoformat()}; --to is exclusive")
+            raise UserError(f"--from={self.from_.isoformat()} is not before --to={self.to.isoformat()} (exclusive)")
         if self.max_rejected is not None and not 0 <= self.max_rejected <= 1:
             raise UserError(f"--max_rejected={self.max_rejected}: a share of the read rows, from 0 to 1")
         if self.buckets is not None and self.buckets < 1:
@@ -93,5 +94,5 @@ def instant(text: str) -> datetime.datetime:
     try:
         time = datetime.datetime.fromisoformat(text)
     except ValueError:
-        raise UserError(f"{text!r} is not a time; write 2013-01-31 or 2013-01-31T10:00 (UTC), or with an offset") from None
+        raise UserError(f"{text!r} is not a time; write 2013-01-31 or 2013-01-31T10:00 (UTC, or with offset)") from None
     return time if time.tzinfo else time.replace(tzinfo=datetime.UTC)
