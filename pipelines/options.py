@@ -27,8 +27,7 @@ class Deployment:
     history: the files to read. dimensions: name → files. warehouse: tables ``<warehouse>/<pipeline>/<view>``.
     store: the low-latency store, None when switched off. dead_letters: the table of refused rows. from_, to: the event
     times [from_, to) to recompute, aware, None = open. max_rejected: the share of read rows past which the run is
-    refused. key_file: the file with the key of personal columns (else the environment variable PIPELINES_KEY).
-    buckets: parts of a view's merge, None = the runner's default.
+    refused. buckets: parts of a view's merge, None = the runner's default.
     """
 
     history: str
@@ -39,7 +38,6 @@ class Deployment:
     from_: datetime.datetime | None = None
     to: datetime.datetime | None = None
     max_rejected: float | None = None
-    key_file: str | None = None
     buckets: int | None = None
     report: str = "data/run.json"
     mode: str = "batch"
