@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.transforms import query
+from pipelines.transforms.errors import UserError
 from pipelines.transforms.protect import Cipher
 
 DEAD_LETTERS = pa.schema(
@@ -69,17 +70,21 @@ def refuse(
 
 
 def payloads(letters: pa.Table, cipher: Cipher | None = None) -> pa.ChunkedArray:
-    """The payloads of dead letters in the clear (binary). Raises UserError where the cipher's key is not theirs."""
+    """The payloads of dead letters in the clear (binary). Raises UserError where their key is missing or another."""
     sealed = pc.is_valid(letters["key_id"])
-    if cipher is None or not pc.any(sealed).as_py():
+    if not pc.any(sealed).as_py():
         return letters["payload"]
+    if cipher is None:
+        raise UserError(
+            f"dead letters are encrypted with key {pc.max(letters['key_id']).as_py()}: set PIPELINES_KEY_FILE"
+        )
     closed = pc.if_else(sealed, letters["payload"], pa.scalar(None, pa.binary()))
     return pc.coalesce(cipher.decrypt(closed, _contexts(letters["source"], letters["offset"])), letters["payload"])
 
 
 def _json(rows: pa.Table) -> pa.ChunkedArray:
     user = rows.drop_columns([name for name in _BOOKKEEPING if name in rows.column_names])
-    return query.run("select to_json(_row)::varchar as payload from _row", {"_row": user})["payload"]
+    return query.run("select to_json(_row)::varchar as payload from _row", {"_row": user})["payload"].cast(pa.binary())
 
 
 def _contexts(source: pa.ChunkedArray, offset: pa.ChunkedArray) -> Iterator[bytes]:

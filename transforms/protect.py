@@ -138,3 +138,84 @@ class Cipher:
 
     def __reduce__(self) -> tuple[object, ...]:
         return Cipher, (self.key, self.purpose)
+
+
+KEYS = "_keys"
+"""The name under which a query with pseudonyms is given the table of ``pseudonym_keys``."""
+
+
+def pseudonym_keys(key: Key) -> pa.Table:
+    """One row (i: binary, o: binary), the two padded keys of HMAC (RFC 2104).
+
+    They reach a query as data: neither its text nor its plan shows them.
+    """
+    secret = key.derive("pseudonym").ljust(64, b"\0")
+    pads = [bytes(byte ^ pad for byte in secret) for pad in (0x36, 0x5C)]
+    return pa.table([pa.array([pad], pa.binary()) for pad in pads], names=["i", "o"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Pseudonym:
+    """Replaces a value by 32 hexadecimal digits: the first 128 bits of the HMAC-SHA256 of its text (or bytes).
+
+    Equal values have equal pseudonyms in every column and pipeline that has the same key, so they still group and
+    join; without the key nobody can try values out. Null stays null. About 0.9 µs a value.
+    """
+
+    def check(self, kind: str) -> str | None:
+        """Why a column of this DuckDB type cannot have pseudonyms, or None."""
+        if kind in ("FLOAT", "DOUBLE") or not _scalar(kind):
+            return f"Pseudonym needs a text, bytes, a whole or decimal number, a date or a time, not {kind}"
+        return None
+
+    def sql(self, column: str, kind: str) -> str:
+        """A VARCHAR expression over the SQL expression of the column, in a query that is given KEYS.
+
+        >>> from pipelines.transforms import query
+        >>> keys = pseudonym_keys(Key.load({"PIPELINES_KEY": "00" * 32}))
+        >>> sql = f"select {Pseudonym().sql('x', 'VARCHAR')} as x from t"
+        >>> query.run(sql, {"t": pa.table({"x": ["+33"]}), KEYS: keys})
+        pyarrow.Table
+        x: string
+        ----
+        x: [["85c816d95eb9a16126ffd686716b51c3"]]
+        """
+        value = column if kind == "BLOB" else f"encode(({column})::VARCHAR)"
+        inner = f"sha256((SELECT i FROM {KEYS}) || {value})"
+        return f"left(sha256((SELECT o FROM {KEYS}) || unhex({inner})), 32)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Replaces a value by ``***`` and the last ``keep`` characters of its text.
+
+    A text of no more than ``keep`` characters shows none of them, and no text shows its length. Null stays null.
+    """
+
+    keep: int = 0
+
+    def __post_init__(self) -> None:
+        if self.keep < 0:
+            raise UserError(f"Mask(keep={self.keep}): the number of last characters to show, 0 or more")
+
+    def check(self, kind: str) -> str | None:
+        """Why a column of this DuckDB type cannot be masked, or None."""
+        return None if _scalar(kind) else f"Mask needs a column of single values, not {kind}"
+
+    def sql(self, column: str, kind: str) -> str:
+        """A VARCHAR expression over the SQL expression of the column.
+
+        >>> from pipelines.transforms import query
+        >>> sql = f"select {Mask(keep=2).sql('x', 'VARCHAR')} as x from t"
+        >>> query.run(sql, {"t": pa.table({"x": ["+33123", "12"]})})
+        pyarrow.Table
+        x: string
+        ----
+        x: [["***23","***"]]
+        """
+        text = f"({column})::VARCHAR"
+        return f"'***' || right({text}, CASE WHEN length({text}) > {self.keep} THEN {self.keep} ELSE 0 END)"
+
+
+def _scalar(kind: str) -> bool:
+    return not kind.endswith("]") and not kind.startswith(("STRUCT", "MAP", "UNION"))
