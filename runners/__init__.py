@@ -1,1 +1,27 @@
-"""What executes a graph: one file per engine."""
+"""What executes a graph: one file per engine, each with ``run(build, flags)``. Importing this imports no engine."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, cast
+
+from pipelines.transforms.errors import UserError
+
+if TYPE_CHECKING:
+    import apache_beam as beam
+
+MODULES = {"DirectRunner": "direct"}
+"""The runners of --runner, each with the module that knows it."""
+
+
+class Engine(Protocol):
+    """What a runner's module offers."""
+
+    def run(self, build: Callable[["beam.Pipeline"], None], flags: Sequence[str]) -> None:
+        """Runs what ``build`` puts on an empty pipeline to its end. flags: Beam's own options. Raises what failed."""
+
+
+def named(runner: str) -> Engine:
+    """The module of a runner. Raises UserError for a name that is none of MODULES."""
+    if runner not in MODULES:
+        raise UserError(f"--runner={runner}: no such runner here; one of {', '.join(MODULES)}")
+    return cast(Engine, importlib.import_module(f"pipelines.runners.{MODULES[runner]}"))

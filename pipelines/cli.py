@@ -1,0 +1,267 @@
+"""The command line: ``pipelines run check test list describe query``. Beam is not imported until a graph is built.
+
+Values come as flags > environment (``PIPELINES_WAREHOUSE``) > ``pipelines.toml`` of the current folder > defaults.
+``_`` and ``-`` are the same, abbreviations are not accepted. Exit codes: 0 done, 1 our fault (a traceback), 2 the
+user's mistake (a line on stderr), 3 data refused.
+"""
+
+import difflib
+import importlib
+import logging
+import pkgutil
+import sys
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from pipelines import examples, options
+from pipelines.transforms.errors import DataRefused, UserError
+
+SETTINGS = Path("pipelines.toml")
+_CONTEXT: dict[str, Any] = {
+    "auto_envvar_prefix": "PIPELINES",
+    "help_option_names": ["-h", "--help"],
+    "token_normalize_func": lambda token: token.replace("-", "_"),
+    "max_content_width": 120,
+}
+
+
+class _Pair(click.ParamType):
+    """NAME=VALUE."""
+
+    name = "NAME=VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        name, equals, text = value.partition("=")
+        if not equals or not name.isidentifier():
+            self.fail(f"{value!r} is not NAME=VALUE", param, ctx)
+        return name, text
+
+
+class _Instant(click.ParamType):
+    name = "TIME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return options.instant(value) if isinstance(value, str) else value
+
+
+def _option(*names: str, **settings: Any) -> Callable[[Any], Any]:
+    """An option whose environment variable is named as the flag is, whatever the parameter's name in Python."""
+    return click.option(*names, envvar="PIPELINES_" + names[0][2:].upper(), **settings)
+
+
+_PIPELINE = click.argument("pipelines", metavar="PIPELINE...", nargs=-1, required=True)
+_SET = _option("--set", "parameters", multiple=True, type=_Pair(), help="A parameter of the definition; repeatable.")
+_JSON = _option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+_WAREHOUSE = _option(
+    "--warehouse", default=options.Deployment.warehouse, show_default=True, metavar="URI", help="Views and events."
+)
+
+
+@click.group(context_settings=_CONTEXT)
+def cli() -> None:
+    """Data products: declared once, run in batch or live, asked with SQL.
+
+    PIPELINE is a built-in name (`pipelines list`), or path/to/file.py:object.
+    """
+
+
+@cli.command(context_settings={**_CONTEXT, "ignore_unknown_options": True, "allow_extra_args": True})
+@_option("--pipeline", metavar="NAME|FILE.py:OBJECT", required=True, help="What to run.")
+@_option("--mode", type=click.Choice(options.MODES), default="batch", show_default=True, help="How to run it.")
+@_option("--runner", default=options.Deployment.runner, show_default=True, metavar="NAME", help="What executes it.")
+@_option("--history", metavar="URI", help="The files to read: a path, a glob, s3:// or gs://.")
+@_option("--dimension", "dimensions", multiple=True, type=_Pair(), help="NAME=URI of a look-up; repeatable.")
+@_WAREHOUSE
+@_option(
+    "--store", default=options.Deployment.store, show_default=True, metavar="URI|none", help="For look-ups by key."
+)
+@_option(
+    "--dead_letters", default=options.Deployment.dead_letters, show_default=True, metavar="URI", help="Refused rows."
+)
+@_option("--from", "from_", type=_Instant(), help="Recompute from this event time on; UTC unless it has an offset.")
+@_option("--to", type=_Instant(), help="Recompute up to this event time, exclusive.")
+@_SET
+@_option("--max_rejected", type=float, metavar="SHARE", help="Refuse the data past this share of rejected rows.")
+@_option("--buckets", type=int, metavar="N", help="Parts of a view's merge; by default what suits the runner.")
+@_option("--report", default=options.Deployment.report, show_default=True, metavar="URI", help="Where run.json goes.")
+@_option("--dry_run", is_flag=True, help="Check everything, read every header, run nothing.")
+@_JSON
+@click.pass_context
+def run(
+    context: click.Context,
+    pipeline: str,
+    parameters: Sequence[tuple[str, str]],
+    dry_run: bool,
+    as_json: bool,
+    **places: Any,
+) -> None:
+    """Run a pipeline. Options that are not listed go to Apache Beam, which must know them."""
+    flags = _passed(context)
+    from pipelines import definition
+    from pipelines import run as runs
+
+    declared = definition.load(pipeline, **dict(parameters))
+    deployment = _deployment(pipeline, declared, places)
+    _quiet()
+    if dry_run:
+        runs.dry_run(declared, deployment)
+        click.echo(f"{declared.name}: everything is in place; nothing was run")
+        return
+    report = runs.run(declared, deployment, flags)
+    if as_json:
+        click.echo(report.json())
+        return
+    from pipelines import progress, warehouse
+
+    click.echo(report.head())
+    progress.last(report.usage.seconds)
+    for part in (report.counts(), "", report.views(), *warehouse.sample(declared, deployment.warehouse), report.foot()):
+        click.echo(part)
+
+
+@cli.command(context_settings=_CONTEXT)
+@_PIPELINE
+@_SET
+def check(pipelines: Sequence[str], parameters: Sequence[tuple[str, str]]) -> None:
+    """Validate definitions: every column, type and expression."""
+    from pipelines import definition
+
+    for name in pipelines:
+        declared = definition.load(name, **dict(parameters))
+        views = ", ".join(view.name for view in declared.views) or "no views"
+        click.echo(f"{declared.name}: fine. Steps: {len(declared.steps)}. Views: {views}")
+
+
+@cli.command(name="list", context_settings=_CONTEXT)
+def list_() -> None:
+    """List the built-in definitions."""
+    from pipelines import definition, report
+
+    rows = [(name, definition.load(name)) for name in _builtin()]
+    told = [(name, ", ".join(view.name for view in declared.views), declared.doc) for name, declared in rows]
+    click.echo(report.grid(("pipeline", "views", ""), told))
+
+
+@cli.command(context_settings=_CONTEXT)
+@click.argument("sql")
+@_WAREHOUSE
+@_JSON
+def query(sql: str, warehouse: str, as_json: bool) -> None:
+    """Ask the warehouse with SQL (DuckDB's), over tables <pipeline>.<view> and <pipeline>.events. Writes nothing."""
+    from pipelines import warehouse as tables
+
+    answer = tables.ask(sql, options.expand(warehouse))
+    click.echo(tables.as_json(answer) if as_json else tables.as_text(answer))
+
+
+def _passed(context: click.Context) -> list[str]:
+    """What is left for Beam. Beam is imported only if there is something."""
+    if not context.args:
+        return []
+    _quiet()
+    from pipelines.runners import flags
+
+    ours = [name for param in context.command.params for name in param.opts]
+    return flags.accepted(context.args, ours)
+
+
+def _deployment(name: str, declared: Any, places: dict[str, Any]) -> options.Deployment:
+    """The places as given, and where a built-in example's own data is if none are given."""
+    history, dimensions = _embedded(name)
+    given = {**dimensions, **dict(places.pop("dimensions"))}
+    known = [dimension.name for dimension in declared.dimensions]
+    for dimension in given:
+        if dimension not in known:
+            raise UserError(
+                f"--dimension {dimension}=…: {declared.name} has no such dimension.{_near(dimension, known)}"
+            )
+    if missing := [dimension for dimension in known if dimension not in given]:
+        raise UserError(f"{declared.name} looks up {missing[0]}: say where it is with --dimension {missing[0]}=URI")
+    places["history"] = places["history"] or history
+    if not places["history"]:
+        raise UserError(f"{declared.name}: say what to read with --history=URI (a path, a glob, s3:// or gs://)")
+    if places["store"] == "none":
+        places["store"] = None
+    expanded = {key: options.expand(value) if isinstance(value, str) else value for key, value in places.items()}
+    return options.Deployment(dimensions={key: options.expand(uri) for key, uri in given.items()}, **expanded)
+
+
+def _builtin() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(examples.__path__))
+
+
+def _embedded(name: str) -> tuple[str | None, dict[str, str]]:
+    """Where the data of a built-in example is: what its module offers as HISTORY and DIMENSIONS."""
+    if name not in _builtin():
+        return None, {}
+    module = importlib.import_module(f"{examples.__name__}.{name}")
+    history, dimensions = getattr(module, "HISTORY", None), getattr(module, "DIMENSIONS", dict)
+    return history() if history else None, dimensions()
+
+
+def _near(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    return f" Nearest: {close[0]}" if close else ""
+
+
+def _quiet() -> None:
+    """Beam logs what it also raises, and warns of what it lacks and nobody asked for."""
+    logging.basicConfig(level=logging.ERROR)
+    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
+
+
+def _settings(commands: Mapping[str, click.Command]) -> dict[str, dict[str, Any]]:
+    """The values of pipelines.toml for each command. Raises UserError for a key that is no flag of any."""
+    if not SETTINGS.exists():
+        return {}
+    try:
+        given = tomllib.loads(SETTINGS.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{SETTINGS}: {error}") from None
+    names = {
+        command: {option[2:]: param.name for param in found.params for option in param.opts if option[:2] == "--"}
+        for command, found in commands.items()
+    }
+    every = sorted({option for known in names.values() for option in known})
+    for key in given:
+        if key.replace("-", "_") not in every:
+            raise UserError(f"{SETTINGS}: no option {key!r}.{_near(key, every)}")
+    plain = {key.replace("-", "_"): _pairs(value) for key, value in given.items()}
+    return {
+        command: {known[key]: value for key, value in plain.items() if key in known} for command, known in names.items()
+    }
+
+
+def _pairs(value: Any) -> Any:
+    return list(value.items()) if isinstance(value, dict) else value
+
+
+def main(command: str | None = None) -> NoReturn:
+    """Runs a command line and exits. command: one verb alone, which then is the whole program."""
+    program: click.Command = cli.commands[command] if command else cli
+    name = f"python -m pipelines.{command}" if command else "pipelines"
+    try:
+        settings = _settings(cli.commands)
+        values = settings.get(command, {}) if command else settings
+        sys.exit(program.main(prog_name=name, standalone_mode=False, default_map=values) or 0)
+    except click.exceptions.Exit as exit:
+        sys.exit(exit.exit_code)
+    except click.ClickException as error:
+        _fail(name, error.format_message(), 2)
+    except click.Abort:
+        _fail(name, "interrupted", 130)
+    except UserError as error:
+        _fail(name, str(error), 2)
+    except DataRefused as error:
+        _fail(name, str(error), 3)
+
+
+def _fail(name: str, message: str, code: int) -> NoReturn:
+    click.echo(f"{name}: {options.masked(message)}", err=True)
+    sys.exit(code)

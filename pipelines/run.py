@@ -1,0 +1,117 @@
+"""One run, from a definition and a deployment to a report: ``python -m pipelines.run --pipeline=flights``.
+
+Beam is imported when a graph is built and not before, so ``--help`` and every mistake in the flags answer at once.
+"""
+
+import json
+import pydoc
+import re
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, cast
+
+from pipelines import progress, runners
+from pipelines.options import Deployment
+from pipelines.transforms.errors import DataRefused, UserError
+
+if TYPE_CHECKING:
+    from pipelines.definition import Pipeline
+    from pipelines.report import Report
+
+_RAISED = re.compile(r"^(pipelines(?:\.\w+)+): (.*)$", re.MULTILINE)
+_RUNNING = re.compile(r" \[while running '[^']*'\]")
+_FULL = ("No space left on device", "disk is full")
+
+
+def run(pipeline: "Pipeline", deployment: Deployment, flags: Sequence[str] = ()) -> "Report":
+    """Runs a pipeline to its end and writes ``deployment.report``. flags: Beam's own options.
+
+    Raises UserError and DataRefused as the parts of the graph raise them, wherever they ran; then the report of an
+    earlier run stays as it is.
+    """
+    start = time.perf_counter()
+    engine = runners.named(deployment.runner)
+    _prepare(deployment)
+    from pipelines import graph, report
+
+    with progress.shown(report.title(pipeline, deployment)):
+        try:
+            engine.run(lambda root: graph.build(root, pipeline, deployment), flags)
+        except Exception as error:
+            if (found := mistake(error)) is None:
+                raise
+            raise found from error
+    facts = cast(report.Facts, json.loads(_read(deployment.facts)))
+    done = report.Report(pipeline, deployment, facts, report.Usage.since(start))
+    _write(deployment.report, done.json() + "\n")
+    return done
+
+
+def dry_run(pipeline: "Pipeline", deployment: Deployment) -> None:
+    """Builds the graph, which reads every header and plans every file, and runs nothing."""
+    import apache_beam as beam
+
+    from pipelines import graph
+
+    runners.named(deployment.runner)
+    graph.build(beam.Pipeline(runner="FnApiRunner"), pipeline, deployment)
+
+
+def mistake(error: BaseException) -> UserError | DataRefused | None:
+    """The UserError or DataRefused that an error of a run comes from, in one line; None where the fault is ours.
+
+    In this process Beam raises what a worker raised; from a worker elsewhere comes only the text of its traceback.
+
+    >>> mistake(RuntimeError("Traceback\\npipelines.transforms.errors.UserError: no such file [while running 'Read']"))
+    UserError('no such file')
+    """
+    for cause in _causes(error):
+        if isinstance(cause, UserError | DataRefused):
+            return type(cause)(_RUNNING.sub("", str(cause)))
+        if any(sign in str(cause) for sign in _FULL):
+            reason = _RUNNING.sub("", str(cause)).strip().splitlines()[-1]
+            return UserError(f"the disk is full: {reason}; free some space or choose other places, then run again")
+        for path, message in reversed(_RAISED.findall(str(cause))):
+            kind = pydoc.locate(path)
+            if isinstance(kind, type) and issubclass(kind, UserError | DataRefused):
+                return kind(_RUNNING.sub("", message))
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _prepare(deployment: Deployment) -> None:
+    """An earlier run's facts must not pass for this one's; and the report's folder had better exist now than later."""
+    import fsspec
+
+    try:
+        files, path = fsspec.url_to_fs(deployment.facts)
+        files.makedirs(files._parent(path), exist_ok=True)
+        if files.exists(path):
+            files.rm(path)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"--report={deployment.report}: cannot be written: {error}") from None
+
+
+def _read(uri: str) -> str:
+    import fsspec
+
+    with fsspec.open(uri, "rt", encoding="utf-8") as file:
+        return cast(str, file.read())
+
+
+def _write(uri: str, text: str) -> None:
+    import fsspec
+
+    with fsspec.open(uri, "wt", encoding="utf-8") as file:
+        file.write(text)
+
+
+if __name__ == "__main__":
+    from pipelines.cli import main
+
+    main(command="run")
