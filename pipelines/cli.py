@@ -5,6 +5,7 @@ Values come as flags > environment (``PIPELINES_WAREHOUSE``) > ``pipelines.toml`
 user's mistake (a line on stderr), 3 data refused.
 """
 
+import datetime
 import difflib
 import importlib
 import logging
@@ -13,7 +14,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import click
 
@@ -29,24 +30,24 @@ _CONTEXT: dict[str, Any] = {
 }
 
 
-class _Pair(click.ParamType):
+class _Pair(click.ParamType[tuple[str, str]]):
     """NAME=VALUE."""
 
     name = "NAME=VALUE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
         if isinstance(value, tuple):
-            return value
+            return cast(tuple[str, str], value)
         name, equals, text = value.partition("=")
         if not equals or not name.isidentifier():
             self.fail(f"{value!r} is not NAME=VALUE", param, ctx)
         return name, text
 
 
-class _Instant(click.ParamType):
+class _Instant(click.ParamType[datetime.datetime]):
     name = "TIME"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime.datetime:
         return options.instant(value) if isinstance(value, str) else value
 
 
@@ -95,6 +96,7 @@ def cli() -> None:
 @click.pass_context
 def run(
     context: click.Context,
+    /,
     pipeline: str,
     parameters: Sequence[tuple[str, str]],
     dry_run: bool,
@@ -188,7 +190,9 @@ def _deployment(name: str, declared: Any, places: dict[str, Any]) -> options.Dep
         raise UserError(f"{declared.name}: say what to read with --history=URI (a path, a glob, s3:// or gs://)")
     if places["store"] == "none":
         places["store"] = None
-    expanded = {key: options.expand(value) if isinstance(value, str) else value for key, value in places.items()}
+    expanded: dict[str, Any] = {
+        key: options.expand(value) if isinstance(value, str) else value for key, value in places.items()
+    }
     return options.Deployment(dimensions={key: options.expand(uri) for key, uri in given.items()}, **expanded)
 
 

@@ -98,7 +98,8 @@ class Report:
 
     def head(self) -> str:
         """What ran, over what."""
-        span = f", {moment(self.facts['first'])} … {moment(self.facts['last'])} UTC" if self.facts["first"] else ""
+        first, last = self.facts["first"], self.facts["last"]
+        span = f", {moment(first)} … {moment(last)} UTC" if first and last else ""
         return f"{title(self.pipeline, self.deployment)}\n  history    {place(self.deployment.history)}{span}"
 
     def counts(self) -> str:
