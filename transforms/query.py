@@ -1,7 +1,7 @@
 """DuckDB in the worker: one SQL text over named Arrow tables, answered as an Arrow table.
 
-A process has one in-memory database, and each thread a cursor of it. Time zone UTC; division by zero is an error, as a
-row's fault must be seen. A call costs about 1 ms whatever the size, so one query serves a whole chain.
+A process has one in-memory database, and each thread a cursor of it. Time zone UTC; a division by zero and the logarithm of a
+negative number are errors, not infinities, as a row's fault must be seen. A call costs about 1 ms whatever the size, so one query serves a whole chain.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import pyarrow as pa
 _local = threading.local()
 _lock = threading.Lock()
 _database: duckdb.DuckDBPyConnection | None = None
-_settings: dict[str, str] = {"threads": "1"}
+_settings: dict[str, str] = {"threads": "1", "ieee_floating_point_ops": "false"}
 
 
 def configure(*, threads: int | None = None, memory: str | None = None, temp: str | None = None) -> None:

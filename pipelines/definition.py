@@ -1,0 +1,173 @@
+"""A data product, declared: where its rows' meaning is, what is done to them, and the views that are kept of them.
+
+A definition names no place and no engine. It is checked as it is constructed: every column, type and expression.
+"""
+
+import dataclasses
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, get_args
+
+from pipelines import sql
+from pipelines.transforms.expressions import DefinitionError, nearest
+from pipelines.transforms.measures import Measure
+from pipelines.transforms.schema import RESERVED, Extra, Invalid, RowSchema
+from pipelines.transforms.steps import Names, Sql, Step, declared_at, names
+from pipelines.transforms.windows import Duration, Whole, Window
+
+__all__ = ["DefinitionError", "Dimension", "Pipeline", "Source", "View"]
+
+
+def _name(kind: str, name: str) -> None:
+    if not name.isidentifier() or name != name.lower() or name.startswith("_"):
+        raise DefinitionError(f"{kind} name {name!r}: lower-case letters, digits and _, as in delays_by_carrier")
+
+
+def _choice(what: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise DefinitionError(f"{what}={value!r}: one of {', '.join(get_args(choices))}.{nearest(value, get_args(choices))}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The events: their row class, and what their time, identity, disorder and lateness are. Says nothing about where.
+
+    event_time: SQL of type TIMESTAMP WITH TIME ZONE. identity: columns that name an event; None: every row counts.
+    disorder: how long to wait before a window is called complete. lateness: how long after that the speed layer takes
+    corrections. extra: what to do with a column that the row class lacks. invalid: with a value of another type.
+    """
+
+    row: type
+    _: KW_ONLY
+    event_time: Sql
+    identity: Names | None = None
+    name: str = "events"
+    disorder: str = "0s"
+    lateness: str = "0s"
+    extra: Extra = "ignore"
+    invalid: Invalid = "reject"
+
+    def __post_init__(self) -> None:
+        _name("source", self.name)
+        _choice("Source extra", self.extra, Extra)
+        _choice("Source invalid", self.invalid, Invalid)
+        Duration.fixed(self.disorder, "Source disorder")
+        Duration.fixed(self.lateness, "Source lateness")
+        for name in self.identities:
+            if name not in self.schema.names:
+                raise DefinitionError(f"Source identity: no column {name!r} in {self.schema.name}.{nearest(name, self.schema.names)}")
+
+    @property
+    def schema(self) -> RowSchema:
+        return RowSchema.of(self.row)
+
+    @property
+    def identities(self) -> tuple[str, ...]:
+        return () if self.identity is None else names(self.identity)
+
+
+@dataclass(frozen=True, init=False)
+class Dimension:
+    """A table that rows are looked up in by ``key``; with ``valid_from`` it keeps history and joins as of a time."""
+
+    name: str
+    row: type
+    key: tuple[str, ...]
+    valid_from: str | None
+
+    def __init__(self, name: str, row: type, *, key: Names, valid_from: str | None = None) -> None:
+        _name("dimension", name)
+        for field, value in {"name": name, "row": row, "key": names(key), "valid_from": valid_from}.items():
+            object.__setattr__(self, field, value)
+        for column in (*self.key, *((valid_from,) if valid_from else ())):
+            if column not in self.schema.names:
+                raise DefinitionError(f"Dimension {name!r}: no column {column!r} in {row.__name__}.{nearest(column, self.schema.names)}")
+
+    @property
+    def schema(self) -> RowSchema:
+        return RowSchema.of(self.row)
+
+
+@dataclass(frozen=True, init=False)
+class View:
+    """A keyed, windowed aggregate. Answers: keys, window_start, window_end, measures.
+
+    A measure that is SQL text is an expression over the keys and the measures before it, evaluated after every merge,
+    so a ratio rolls up rightly. steps: for this view alone, after the shared ones.
+    """
+
+    name: str
+    by: tuple[str, ...]
+    window: Window
+    steps: tuple[Step, ...]
+    doc: str
+    measures: tuple[tuple[str, Measure | Sql], ...]
+    at: str = dataclasses.field(compare=False, repr=False)
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        by: Names = (),
+        window: Window = Whole(),
+        steps: tuple[Step, ...] = (),
+        doc: str = "",
+        **measures: Measure | Sql,
+    ) -> None:
+        _name("view", name)
+        if name == "events":
+            raise DefinitionError("view name 'events' is taken: the cleaned rows are kept as table <pipeline>.events")
+        if not isinstance(window, Window):
+            raise DefinitionError(f"view {name!r}: window={window!r}: Tumbling, Sliding, Session or Whole")
+        if not measures:
+            raise DefinitionError(f"view {name!r} measures nothing; add for example rows=Count()")
+        for measure, value in measures.items():
+            if measure in RESERVED or measure.startswith("_") or measure in names(by):
+                raise DefinitionError(f"view {name!r}: the name {measure!r} is taken or reserved; choose another")
+            if not isinstance(value, Measure | str):
+                raise DefinitionError(f"view {name!r}, measure {measure}={value!r}: a measure such as Count(), or SQL text")
+        values = (name, names(by), window, tuple(steps), doc, tuple(measures.items()), declared_at())
+        for field, given in zip(dataclasses.fields(self), values, strict=True):
+            object.__setattr__(self, field.name, given)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The declaration of a data product: source, steps, views. Not ``beam.Pipeline``.
+
+    events: also keep the cleaned rows as table ``<name>.events``. Raises DefinitionError for anything that cannot run,
+    with the text underlined, the nearest right name and the fix.
+    """
+
+    name: str
+    _: KW_ONLY
+    source: Source
+    steps: tuple[Step, ...] = ()
+    views: tuple[View, ...] = ()
+    events: bool = True
+    doc: str = ""
+
+    def __post_init__(self) -> None:
+        _name("pipeline", self.name)
+        if not isinstance(self.source, Source):
+            raise DefinitionError(f"pipeline {self.name!r}: source={self.source!r}: a Source(Row, event_time=…)")
+        object.__setattr__(self, "steps", tuple(self.steps))
+        object.__setattr__(self, "views", tuple(self.views))
+        if not self.views and not self.events:
+            raise DefinitionError(f"pipeline {self.name!r} keeps nothing: give it views, or events=True")
+        for what, given in (("view", [view.name for view in self.views]), ("dimension", [d.name for d in self.dimensions])):
+            for name in given:
+                if given.count(name) > 1:
+                    raise DefinitionError(f"pipeline {self.name!r}: {what} {name!r} is declared twice")
+        self.plan()
+
+    @property
+    def dimensions(self) -> tuple[Dimension, ...]:
+        """Every dimension that a step looks up, once."""
+        steps = (*self.steps, *(step for view in self.views for step in view.steps))
+        return tuple(dict.fromkeys(step.dimension for step in steps if hasattr(step, "dimension")))
+
+    def plan(self) -> sql.Plan:
+        """What the declaration compiles to."""
+        return sql.compile(self)
+
+

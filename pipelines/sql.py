@@ -1,0 +1,211 @@
+"""Definitions to SQL: the shared steps become a chain of queries, each view a partial, a merge and a result.
+
+Nothing here runs over data; types and errors are DuckDB's own, asked for over empty tables.
+"""
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING
+
+from pipelines.transforms import query
+from pipelines.transforms.chain import Chain
+from pipelines.transforms.expressions import DefinitionError, arrow_types, check, quote
+from pipelines.transforms.measures import Measure, State
+from pipelines.transforms.stage import Builder, Rule, Scope
+from pipelines.transforms.view import ViewPlan
+from pipelines.transforms.windows import Session, floor_sql
+
+if TYPE_CHECKING:
+    from pipelines.definition import Pipeline, View
+
+TIME = "TIMESTAMP WITH TIME ZONE"
+Lineage = dict[str, frozenset[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a pipeline compiles to. columns: the source's columns that a run must read. lineage: by table, each column's
+    source columns (``column``, or ``dimension.column``)."""
+
+    columns: tuple[str, ...]
+    chain: Chain
+    views: tuple[ViewPlan, ...]
+    lineage: dict[str, Lineage]
+
+
+@functools.lru_cache(maxsize=256)
+def compile(pipeline: "Pipeline") -> Plan:
+    """The plan of a pipeline: a function of the declaration alone, so it is made once.
+
+    Raises DefinitionError at the first thing that cannot run.
+    """
+    types = arrow_types(pipeline.source.schema.arrow)
+    builder = Builder(pipeline.name, Scope(types, {name: frozenset({name}) for name in types}), "source")
+    _event_time(builder, pipeline.source.event_time)
+    _steps(builder, pipeline)
+    chain = builder.chain(shared=True)
+    lineage, plans, used = {"events": dict(builder.scope.lineage)}, [], set(builder.used)
+    for view in pipeline.views:
+        plan, sources, needed = _view(pipeline, view, builder.scope.copy())
+        plans.append(plan)
+        used |= needed
+        lineage[view.name] = sources
+    every = tuple(pipeline.source.schema.names)
+    whole = pipeline.events or pipeline.source.identity is not None
+    return Plan(every if whole else tuple(name for name in every if name in used), chain, tuple(plans), lineage)
+
+
+def _event_time(to: Builder, sql: str) -> None:
+    to.where = f"{to.where} event_time"
+    found = to.check(sql, TIME)
+    code = to.reason("null event time", sql)
+    sources = to.scope.sources(found)
+    to.select({"event_time": sql}, [(sql, Rule(f"({sql}) IS NULL", code, code))])
+    to.scope.put("event_time", TIME, sources)
+    if sql in found.columns:
+        to.alias(sql)
+
+
+def _steps(to: Builder, owner: "Pipeline | View") -> None:
+    pipeline, *view = to.pipeline, *((f" of view {owner.name!r}",) if to.part.startswith("view:") else ())
+    for number, step in enumerate(owner.steps, 1):
+        to.changed()
+        to.label = f"step {number} ({step.label}){''.join(view)}"
+        to.where = f"pipeline {pipeline!r}, {to.label}, {step.at}"
+        step.build(to)
+
+
+def _view(pipeline: "Pipeline", view: "View", scope: Scope) -> tuple[ViewPlan, Lineage, set[str]]:
+    to = Builder(pipeline.name, scope, f"view:{view.name}")
+    _steps(to, view)
+    chain = to.chain(shared=False) if view.steps else None
+    to.where = f"pipeline {pipeline.name!r}, view {view.name!r}, {view.at}"
+    keys = {to.column(name): to.scope.types[name] for name in view.by}
+    lineage = {name: to.scope.lineage[name] for name in view.by} | dict.fromkeys(("window_start", "window_end"), to.scope.lineage["event_time"])
+    measures: list[_Measured] = []
+    answers = keys | dict.fromkeys(("window_start", "window_end"), TIME)
+    for name, measure in view.measures:
+        to.where = f"pipeline {pipeline.name!r}, view {view.name!r}, measure {name}=, {view.at}"
+        made = _measure(name, measure, to, answers)
+        answers[name] = made.type
+        lineage[name] = made.sources.union(*(lineage[column] for column in made.columns))
+        measures.append(made)
+    needed = to.used.union(*lineage.values(), to.scope.lineage["event_time"])
+    return _plan(view, chain, to.scope, measures), lineage, set(needed)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """A measure over states or, where ``derived``, an expression over the answers before it (``columns``)."""
+
+    name: str
+    sql: str
+    type: str
+    states: tuple[State, ...] = ()
+    exact: str = "true"
+    derived: bool = False
+    sources: frozenset[str] = frozenset()
+    columns: frozenset[str] = frozenset()
+
+
+def _measure(name: str, measure: Measure | str, to: Builder, answers: dict[str, str]) -> _Measured:
+    if isinstance(measure, str):
+        found = check(measure, answers, to.where)
+        return _Measured(name, f"TRY({measure})", found.type, derived=True, columns=found.columns)
+    read = [to.check(measure.expr)] if measure.expr is not None else []
+    kind = read[0].type if read else ""
+    problem = measure.check(kind)
+    if problem:
+        raise DefinitionError(f"{to.where}: {problem}")
+    read += [to.check(measure.where, "BOOLEAN")] if measure.where is not None else []
+    states = measure.states(kind)
+    sources = to.scope.sources(*read)
+    return _Measured(name, measure.result(kind), measure.type(kind), states, measure.exact(kind), sources=sources)
+
+
+def _plan(view: "View", chain: Chain | None, scope: Scope, measures: list[_Measured]) -> ViewPlan:
+    keys = [quote(name) for name in view.by]
+    states = tuple(dict.fromkeys(state for measure in measures for state in measure.states))
+    columns = {name: kind for state in states for name, kind in state.columns().items()}
+    place = ["_start", "_last"] if isinstance(view.window, Session) else ["_tile"]
+    partial = _partial(view, keys, states)
+    merge = _merge(view, keys, states)
+    held = keys + [f"{name}::BIGINT AS {name}" for name in place] + ["_rows"] + [f"{name}::{kind} AS {name}" for name, kind in columns.items()]
+    partial = f"SELECT {', '.join(held)} FROM (\n{partial})"
+    schema = query.run(f"{partial} LIMIT 0", {"batch": scope.arrow.empty_table()}).schema
+    result = _result(view, keys, list(columns), measures)
+    answers = query.run(_windowed(view, keys, states), {"batch": schema.empty_table()}).schema
+    return ViewPlan(
+        name=view.name,
+        by=view.by,
+        window=view.window,
+        chain=chain,
+        states=states,
+        partial=partial,
+        merge=f"SELECT {', '.join(held)} FROM (\n{merge})",
+        windowed=_windowed(view, keys, states),
+        result=result,
+        digest=_digest(view, measures),
+        partial_schema=schema,
+        schema=query.run(result, {"batch": answers.empty_table()}).schema,
+        measures=tuple(measure.name for measure in measures),
+    )
+
+
+def _partial(view: "View", keys: list[str], states: tuple[State, ...]) -> str:
+    aggregates = ["count(*)::BIGINT AS _rows", *(f"{sql} AS {name}" for state in states for name, sql in state.partial("_t").items())]
+    rows = "(SELECT *, epoch_us(event_time) AS _t FROM batch)"
+    if not isinstance(view.window, Session):
+        tile = f"{view.window.tile_sql('_t')} AS _tile"
+        return f"SELECT {', '.join([*keys, tile, *aggregates])}\nFROM {rows} GROUP BY ALL"
+    millis = floor_sql("_t", 1000)
+    rows = view.window.islands_sql(f"(SELECT *, {millis} AS _start, {millis} AS _last FROM {rows})", tuple(keys))
+    return _grouped([*keys, "min(_start) AS _start", "max(_last) AS _last", *aggregates], f"({rows})", [*keys, "_island"])
+
+
+def _merge(view: "View", keys: list[str], states: tuple[State, ...]) -> str:
+    if not isinstance(view.window, Session):
+        return _grouped([*keys, "_tile", *_merges(states)], "batch", [*keys, "_tile"])
+    rows = view.window.islands_sql("batch", tuple(keys))
+    return _grouped([*keys, "min(_start) AS _start", "max(_last) AS _last", *_merges(states)], f"({rows})", [*keys, "_island"])
+
+
+def _windowed(view: "View", keys: list[str], states: tuple[State, ...]) -> str:
+    """Merged states by window: tiles become the windows that they are part of."""
+    windows = f"({view.window.windows_sql('batch')})"
+    group = [*keys, "window_start", "window_end"]
+    kinds = {name: kind for state in states for name, kind in state.columns().items()}
+    if view.window.overlapping:
+        windows = f"({_grouped([*group, *_merges(states)], windows, group)})"
+    columns = [*keys, "make_timestamptz(window_start) AS window_start", "make_timestamptz(window_end) AS window_end", "_rows"]
+    return f"SELECT {', '.join([*columns, *(f'{name}::{kind} AS {name}' for name, kind in kinds.items())])}\nFROM {windows}"
+
+
+def _merges(states: tuple[State, ...]) -> list[str]:
+    return ["sum(_rows)::BIGINT AS _rows", *(f"{sql} AS {name}" for state in states for name, sql in state.merge().items())]
+
+
+def _grouped(columns: list[str], rows: str, group: list[str]) -> str:
+    return f"SELECT {', '.join(columns)}\nFROM {rows} GROUP BY {', '.join(group)}"
+
+
+def _result(view: "View", keys: list[str], columns: list[str], measures: list[_Measured]) -> str:
+    """Answers from the states of windows: the measures, then each SQL measure over those before it."""
+    aggregates = [f"({m.sql})::{m.type} AS {quote(m.name)}" for m in measures if not m.derived]
+    ctes = [f"SELECT *{''.join(', ' + aggregate for aggregate in aggregates)} FROM batch"]
+    ctes += [f"SELECT *, ({m.sql})::{m.type} AS {quote(m.name)} FROM v{{}}" for m in measures if m.derived]
+    texts = ",\n".join(f"v{n} AS ({cte.format(n - 1)})" for n, cte in enumerate(ctes))
+    named = [*keys, "window_start", "window_end", *(quote(m.name) for m in measures), "_rows", *columns]
+    return f"WITH {texts}\nSELECT {', '.join(named)} FROM v{len(ctes) - 1}"
+
+
+def _digest(view: "View", measures: list[_Measured]) -> str:
+    """An order-independent 64-bit hash: the sum of MD5s of rows, each as JSON of keys, window and exact measures."""
+    exact = {m.name: m.exact for m in measures if not m.derived}
+    for m in measures:
+        if m.derived:
+            exact[m.name] = " AND ".join(sorted({exact.get(column, "true") for column in m.columns})) or "true"
+    cells = [f"{quote(name)}::VARCHAR" for name in (*view.by, "window_start", "window_end")]
+    cells += [f"CASE WHEN {exact[m.name]} THEN {quote(m.name)}::VARCHAR END" for m in measures]
+    row = f"to_json([{', '.join(cells)}])::VARCHAR"
+    return f"SELECT (coalesce(sum(md5_number_lower({row})), 0) % 18446744073709551616)::UBIGINT AS digest FROM batch"

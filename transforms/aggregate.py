@@ -1,0 +1,139 @@
+"""A view as a Beam transform: partial states per batch, merged by bucket of the key, then the answers.
+
+The shuffle carries states, never rows. A bucket holds all tiles of its keys, so its merged states are enough for every
+window. In batch the tile is a column; nothing depends on Beam's windows.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+
+from pipelines.transforms import conservation
+from pipelines.transforms.buckets import split
+from pipelines.transforms.protect import Cipher
+from pipelines.transforms.tables import TABLES
+from pipelines.transforms.view import ViewPlan
+
+PENDING = 32 * 2**20
+"""Bytes of partials over all buckets that may wait before they are merged."""
+
+ANSWERS = pa.schema([("view", pa.string()), ("rows", pa.int64()), ("digest", pa.uint64()), ("boundary", pa.int64())])
+"""What a bucket answered: rows, their digest, and the greatest window_end (µs; null for Whole)."""
+
+
+@beam.typehints.with_input_types(pa.Table)
+@beam.typehints.with_output_types(tuple[int, pa.Table])
+class Partial(beam.DoFn):  # type: ignore[misc]
+    """Rows in, (bucket, states) out; the view's own steps come first. Tags: dead (DEAD_LETTERS), tallies (TALLY)."""
+
+    def __init__(self, plan: ViewPlan, buckets: int, dimensions: tuple[str, ...], cipher: Cipher | None) -> None:
+        self.plan, self.buckets, self.dimensions, self.cipher = plan, buckets, dimensions, cipher
+
+    def process(self, rows: pa.Table, *sides: pa.Table) -> Iterator[Any]:
+        if self.plan.chain is not None:
+            outcome = self.plan.chain.run(rows, dict(zip(self.dimensions, sides, strict=True)), self.cipher)
+            rows = outcome.rows
+            yield beam.pvalue.TaggedOutput("dead", outcome.dead)
+            yield beam.pvalue.TaggedOutput("tallies", outcome.tallies)
+        yield beam.pvalue.TaggedOutput("tallies", conservation.tally(f"view:{self.plan.name}", "rows_in", len(rows)))
+        yield from split(self.plan.partials(rows), self.plan.by, self.buckets)
+
+
+class Merge(beam.CombineFn):  # type: ignore[misc]
+    """Merges states. An accumulator is tables still to be merged, the first of them merged already.
+
+    Compaction is geometric: when what waits weighs more than what is merged (and than a share of PENDING), so each state
+    is merged a logarithmic number of times. Never mutates any accumulator but the first.
+    """
+
+    def __init__(self, plan: ViewPlan, buckets: int) -> None:
+        self.plan, self.enough = plan, PENDING // buckets
+
+    def create_accumulator(self) -> list[pa.Table]:
+        return [self.plan.partial_schema.empty_table()]
+
+    def add_input(self, accumulator: list[pa.Table], states: pa.Table) -> list[pa.Table]:
+        accumulator.append(states)
+        waiting = sum(table.nbytes for table in accumulator[1:])
+        return self.compact(accumulator) if waiting > max(accumulator[0].nbytes, self.enough) else accumulator
+
+    def merge_accumulators(self, accumulators: Iterable[list[pa.Table]]) -> list[pa.Table]:
+        first, *others = accumulators
+        for other in others:
+            for states in other:
+                first = self.add_input(first, states)
+        return first
+
+    def compact(self, accumulator: list[pa.Table]) -> list[pa.Table]:
+        return [self.plan.merged(accumulator)]
+
+    def extract_output(self, accumulator: list[pa.Table]) -> pa.Table:
+        return self.plan.merged(accumulator)
+
+    def get_accumulator_coder(self) -> beam.coders.Coder:
+        return TABLES
+
+
+@beam.typehints.with_input_types(tuple[int, pa.Table])
+@beam.typehints.with_output_types(pa.Table)
+class Answer(beam.DoFn):  # type: ignore[misc]
+    """Merged states of a bucket in, its answers out: keys, window_start, window_end, measures, states.
+
+    start, stop: only windows that start in [start, stop), µs. Tags: answered (ANSWERS), tallies.
+    """
+
+    def __init__(self, plan: ViewPlan, start: int | None, stop: int | None) -> None:
+        self.plan, self.start, self.stop = plan, start, stop
+
+    def process(self, element: tuple[int, pa.Table]) -> Iterator[Any]:
+        _, merged = element
+        part = f"view:{self.plan.name}"
+        yield beam.pvalue.TaggedOutput("tallies", conservation.tally(part, "rows_out", total(merged)))
+        answers = self.plan.within(self.plan.finished(merged), self.start, self.stop)
+        yield beam.pvalue.TaggedOutput("tallies", conservation.tally(part, "results", len(answers)))
+        ends = [end for end in [pa.compute.max(answers["window_end"]).cast(pa.int64()).as_py()] if end is not None]
+        told = [[self.plan.name], [len(answers)], [self.plan.digested(answers)], ends or [None]]
+        yield beam.pvalue.TaggedOutput("answered", pa.table(told, schema=ANSWERS))
+        if len(answers):
+            yield answers
+
+
+def total(states: pa.Table) -> int:
+    """How many rows these states are of."""
+    return pa.compute.sum(states["_rows"]).as_py() or 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Aggregate(beam.PTransform):  # type: ignore[misc]
+    """A bounded PCollection of row tables (with event_time) to the answers of a view.
+
+    Outputs: ``main`` (the plan's schema), ``answered`` (ANSWERS), ``dead`` (DEAD_LETTERS), ``tallies`` (TALLY).
+    dimensions: name to a PCollection of one table, for the view's own look-ups.
+    """
+
+    plan: ViewPlan
+    buckets: int = 8
+    dimensions: dict[str, beam.PCollection] = dataclasses.field(default_factory=dict)
+    cipher: Cipher | None = None
+    start: int | None = None
+    stop: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__init__(self.plan.name)
+
+    def expand(self, rows: beam.PCollection) -> dict[str, beam.PCollection]:
+        used = tuple(name for name in self.dimensions if self.plan.chain is not None and name in self.plan.chain.dimensions)
+        sides = [beam.pvalue.AsSingleton(self.dimensions[name]) for name in used]
+        partial = Partial(self.plan, self.buckets, used, self.cipher)
+        parts = rows | "partial" >> beam.ParDo(partial, *sides).with_outputs("dead", "tallies", main="states")
+        answers = (
+            parts.states
+            | "merge" >> beam.CombinePerKey(Merge(self.plan, self.buckets)).with_output_types(tuple[int, pa.Table])
+            | "answer"
+            >> beam.ParDo(Answer(self.plan, self.start, self.stop)).with_outputs("answered", "tallies", main="main")
+        )
+        tallies = (parts.tallies, answers.tallies) | "tallies" >> beam.Flatten()
+        return {"main": answers.main, "answered": answers.answered, "dead": parts.dead, "tallies": tallies}

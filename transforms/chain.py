@@ -1,0 +1,205 @@
+"""Running the steps: a chain of stages over batches of rows; each stage is one DuckDB query or one Python function.
+
+A stage's query gives every row back with a status, so one pass finds what is kept, filtered and refused. An expression
+that fails (a cast, an overflow, a division by zero) fails the query; only then the batch runs again with ``TRY`` around
+every expression, and the rows that failed are refused.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.transforms import conservation, query
+from pipelines.transforms.deadletters import DEAD_LETTERS, refuse
+from pipelines.transforms.errors import DataRefused
+from pipelines.transforms.protect import KEYS, Cipher, Key, pseudonym_keys
+
+FILTERED = -1
+"""The status of a filtered row; null: kept; 0 and more: the index of the reason that refused it."""
+
+BOOKKEEPING = ("_source", "_offset")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reason:
+    """Why a stage refuses a row. detail: the rule, for a person. stop: such a row ends the run."""
+
+    step: str
+    reason: str
+    detail: str
+    stop: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Miss:
+    """A boolean column that a query adds: true where a look-up found nothing."""
+
+    column: str
+    dimension: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SqlStage:
+    """SQL steps in a row, as one query.
+
+    sql: from ``batch`` and tables ``dim_<name>`` to the stage's columns, bookkeeping, ``_status`` and miss columns.
+    safe: the same with TRY. part: whose tallies these are: "source", "exploded" once an Explode made other
+    rows of them, or "view:<name>". alias: the stage only adds event_time, equal to this column, where that has no null. dimensions: whose tables it joins. keyed: it makes pseudonyms.
+    """
+
+    sql: str
+    safe: str
+    reasons: tuple[Reason, ...] = ()
+    misses: tuple[Miss, ...] = ()
+    part: str = "source"
+    alias: str | None = None
+    dimensions: tuple[str, ...] = ()
+    keyed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PythonStage:
+    """A function of the whole batch: as many rows, in the same order, with exactly the columns of ``schema``."""
+
+    function: Callable[[pa.Table], pa.Table]
+    schema: pa.Schema
+    label: str
+
+
+Stage = SqlStage | PythonStage
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a chain made of a batch. dead: DEAD_LETTERS. tallies: TALLY."""
+
+    rows: pa.Table
+    dead: pa.Table
+    tallies: pa.Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """The stages of a pipeline's shared steps, or of one view's own.
+
+    schema: the columns of the rows that come out, without bookkeeping. pipeline and format: for dead letters. shared:
+    these are the steps of all views, so the source rows that they keep are counted (before an Explode multiplies them).
+    """
+
+    stages: tuple[Stage, ...]
+    schema: pa.Schema
+    pipeline: str
+    format: str = "json"
+    shared: bool = True
+
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        """The names of the dimensions that these steps look up."""
+        return tuple(dict.fromkeys(name for stage in self.stages if isinstance(stage, SqlStage) for name in stage.dimensions))
+
+    def run(
+        self,
+        batch: pa.Table,
+        dimensions: Mapping[str, pa.Table],
+        cipher: Cipher | None = None,
+        key: Callable[[], Key] = Key.load,
+    ) -> Outcome:
+        """cipher: encrypts the payloads of dead letters. key: where pseudonyms have theirs from.
+
+        Raises DataRefused for a row that a rule says must stop the run.
+        """
+        rows, dead, tallies = batch, [DEAD_LETTERS.empty_table()], []
+        kept = None
+        for stage in self.stages:
+            if kept is None and isinstance(stage, SqlStage) and stage.part != "source":
+                kept = len(rows)
+            if isinstance(stage, PythonStage):
+                rows = _call(stage, rows)
+                continue
+            if stage.alias and not rows[stage.alias].null_count:
+                rows = _aliased(rows, stage.alias)
+                continue
+            keys = {KEYS: pseudonym_keys(key())} if stage.keyed else {}
+            answer = _query(stage, rows, {**{f"dim_{name}": dimensions[name] for name in stage.dimensions}, **keys})
+            status = answer["_status"]
+            if status.null_count < len(answer):
+                dead.append(self._refuse(stage, answer, rows, cipher))
+                tallies += _counts(stage, status)
+                answer = answer.filter(pc.is_null(status))
+            tallies += _misses(stage, answer)
+            rows = answer.drop_columns(["_status", *(miss.column for miss in stage.misses)])
+        if self.shared:
+            tallies.append(conservation.tally("source", "kept", len(rows) if kept is None else kept))
+        return Outcome(rows, pa.concat_tables(dead), conservation.merge(tallies))
+
+    def _refuse(self, stage: SqlStage, answer: pa.Table, batch: pa.Table, cipher: Cipher | None) -> pa.Table:
+        bad = answer.filter(pc.greater_equal(answer["_status"], 0)).select([*BOOKKEEPING, "_status"])
+        if not len(bad):
+            return DEAD_LETTERS.empty_table()
+        reasons = [stage.reasons[code] for code in bad["_status"].to_pylist()]
+        for row, reason in enumerate(reasons):
+            if reason.stop:
+                where = f"{bad['_source'][row]} at {bad['_offset'][row]}"
+                raise DataRefused(f"{self.pipeline}, {reason.step}: {reason.reason} ({reason.detail}) failed for {where}")
+        return refuse(
+            _originals(bad, batch),
+            pipeline=self.pipeline,
+            step=pa.array([reason.step for reason in reasons]),
+            reason=pa.array([reason.reason for reason in reasons]),
+            detail=pa.array([reason.detail for reason in reasons]),
+            format=self.format,
+            cipher=cipher,
+        )
+
+
+def _query(stage: SqlStage, batch: pa.Table, others: Mapping[str, pa.Table]) -> pa.Table:
+    tables = {"batch": batch, **others}
+    try:
+        return query.run(stage.sql, tables)
+    except (duckdb.ConversionException, duckdb.OutOfRangeException, duckdb.InvalidInputException, duckdb.DataError):
+        return query.run(stage.safe, tables)
+
+
+def _aliased(rows: pa.Table, column: str) -> pa.Table:
+    names = [name for name in rows.column_names if not name.startswith("_")]
+    columns = [*rows.select(names).columns, rows[column], *rows.select(BOOKKEEPING).columns]
+    return pa.table(columns, [*names, "event_time", *BOOKKEEPING])
+
+
+def _originals(bad: pa.Table, batch: pa.Table) -> pa.Table:
+    """The rows of the batch that were refused, as they came in, in the order of ``bad``."""
+    return query.run(
+        "SELECT b.* EXCLUDE (_copy) FROM (SELECT *, row_number() OVER () AS _n FROM bad_rows) r JOIN "
+        "(SELECT *, row_number() OVER (PARTITION BY _source, _offset) AS _copy FROM batch "
+        "WHERE (_source, _offset) IN (SELECT (_source, _offset) FROM bad_rows)) b "
+        "ON b._source = r._source AND b._offset = r._offset AND b._copy = 1 ORDER BY r._n",
+        {"bad_rows": bad, "batch": batch},
+    )
+
+
+def _counts(stage: SqlStage, status: pa.ChunkedArray) -> list[pa.Table]:
+    counts = {pair["values"]: pair["counts"] for pair in status.drop_null().value_counts().to_pylist()}
+    tallies = []
+    for code, n in counts.items():
+        if code == FILTERED:
+            tallies.append(conservation.tally(stage.part, "filtered", n))
+        else:
+            tallies.append(conservation.tally(stage.part, "rejected", n, stage.reasons[code].reason))
+    return tallies
+
+
+def _misses(stage: SqlStage, rows: pa.Table) -> list[pa.Table]:
+    counts = ((miss, pc.sum(rows[miss.column]).as_py() or 0) for miss in stage.misses)
+    return [conservation.tally(f"dimension:{miss.dimension}", "unmatched", n, miss.reason) for miss, n in counts]
+
+
+def _call(stage: PythonStage, rows: pa.Table) -> pa.Table:
+    answer = stage.function(rows.drop_columns(list(BOOKKEEPING)))
+    if len(answer) != len(rows):
+        raise ValueError(f"{stage.label} returned {len(answer)} rows for {len(rows)}; it must be row-local")
+    columns = [answer[field.name].cast(field.type) for field in stage.schema]
+    return pa.table([*columns, rows["_source"], rows["_offset"]], [*stage.schema.names, *BOOKKEEPING])

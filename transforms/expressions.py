@@ -1,0 +1,172 @@
+"""A user's SQL expressions: row in, value out; parsed and typed by DuckDB itself, refused with the place underlined."""
+
+import dataclasses
+import difflib
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import duckdb
+
+from pipelines.transforms import query
+from pipelines.transforms.errors import UserError
+
+_SELECT = "SELECT "
+_KEYWORDS = {"current_date", "current_timestamp", "current_time", "localtime", "localtimestamp"}
+
+
+class DefinitionError(UserError):
+    """A definition that cannot run: says where, which text, and the fix."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Expression:
+    """A checked expression: its text, DuckDB type, and the columns it reads."""
+
+    sql: str
+    type: str
+    columns: frozenset[str]
+
+
+def check(sql: str, columns: Mapping[str, str], where: str) -> Expression:
+    """Checks that ``sql`` is one row-local expression over ``columns`` (name → DuckDB type) and finds its type.
+
+    Refused: an unknown column, an aggregate, a window function, a subquery, a clock, randomness, a parameter, a type
+    that does not fit. Raises DefinitionError, whose message begins with ``where``.
+
+    >>> check("distance / hours", {"distance": "BIGINT", "hours": "DOUBLE"}, "here").type
+    'DOUBLE'
+    """
+    if not isinstance(sql, str) or not sql.strip():
+        raise DefinitionError(f"{where}: expected an SQL expression, got {sql!r}")
+    return _check(sql.strip(), tuple(columns.items()), where)
+
+
+@functools.lru_cache(maxsize=4096)
+def _check(sql: str, columns: tuple[tuple[str, str], ...], where: str) -> Expression:
+    known = dict(columns)
+    root = _parse(sql, where)
+    used: set[str] = set()
+    for node, bound in _walk(root, frozenset()):
+        _refuse(node, sql, where)
+        if node["class"] == "COLUMN_REF":
+            name = node["column_names"][0]
+            if name.lower() in bound:
+                continue
+            match = next((column for column in known if column.lower() == name.lower()), None)
+            if match is None:
+                raise DefinitionError(_underline(sql, node, where, _unknown(name, known)))
+            used.add(match)
+    return Expression(sql, _type(sql, known, where), frozenset(used))
+
+
+def _parse(sql: str, where: str) -> dict[str, Any]:
+    answer = query.cursor().execute("SELECT json_serialize_sql($1)", [_SELECT + sql]).fetchone()
+    tree = json.loads(answer[0]) if answer else {"error": True, "error_message": "no answer"}
+    if tree["error"]:
+        at = int(tree.get("position") or len(_SELECT)) - len(_SELECT)
+        raise DefinitionError(_mark(sql, max(0, at), 1, where, tree["error_message"]))
+    node = tree["statements"][0]["node"]
+    plain = node.get("type") == "SELECT_NODE" and len(node["select_list"]) == 1 and len(tree["statements"]) == 1
+    extras = ("where_clause", "group_expressions", "having", "qualify", "modifiers", "sample")
+    if not plain or node["from_table"]["type"] != "EMPTY" or any(node.get(key) for key in extras):
+        raise DefinitionError(f"{where}:\n  {sql}\n  expected one expression over a row's columns, not a query")
+    if node["select_list"][0].get("alias"):
+        raise DefinitionError(f"{where}:\n  {sql}\n  an expression takes no alias ({node['select_list'][0]['alias']!r})")
+    return node["select_list"][0]  # type: ignore[no-any-return]
+
+
+def _walk(node: Any, bound: frozenset[str]) -> Iterator[tuple[dict[str, Any], frozenset[str]]]:
+    """Every parsed node with the lambda parameters that are in scope there."""
+    if isinstance(node, list):
+        for item in node:
+            yield from _walk(item, bound)
+    elif isinstance(node, dict):
+        if node.get("class") == "LAMBDA":
+            names = {ref["column_names"][0].lower() for ref, _ in _walk(node["lhs"], bound) if ref["class"] == "COLUMN_REF"}
+            yield from _walk(node["expr"], bound | names)
+            return
+        if "class" in node:
+            yield node, bound
+        for key, value in node.items():
+            if key != "type_expr":
+                yield from _walk(value, bound)
+
+
+def _refuse(node: dict[str, Any], sql: str, where: str) -> None:
+    kind = node["class"]
+    if kind == "SUBQUERY":
+        raise DefinitionError(_underline(sql, node, where, "a subquery is not row-local; use Lookup for other tables"))
+    if kind == "WINDOW":
+        raise DefinitionError(_underline(sql, node, where, "a window function is not row-local; use a View"))
+    if kind == "STAR":
+        raise DefinitionError(_underline(sql, node, where, "name the columns; * is not an expression"))
+    if kind == "PARAMETER":
+        raise DefinitionError(_underline(sql, node, where, "no parameters here; use an f-string and --set NAME=VALUE"))
+    if kind == "COLUMN_REF" and node["column_names"][0].lower() in _KEYWORDS:
+        raise DefinitionError(_underline(sql, node, where, _CLOCK))
+    if kind == "FUNCTION":
+        name = node["function_name"].lower()
+        if name in _functions("function_type = 'aggregate'") and name not in _functions("function_type = 'scalar'"):
+            raise DefinitionError(_underline(sql, node, where, f"{name} is an aggregate; aggregates are a View's measures"))
+        if name in _functions("stability = 'CONSISTENT_WITHIN_QUERY'") or name in _functions("stability = 'VOLATILE'"):
+            raise DefinitionError(_underline(sql, node, where, _CLOCK))
+
+
+_CLOCK = "clocks, randomness and settings give another answer on every run; use the row's own columns"
+
+
+@functools.cache
+def _functions(condition: str) -> frozenset[str]:
+    rows = query.cursor().execute(f"SELECT DISTINCT lower(function_name) FROM duckdb_functions() WHERE {condition}").fetchall()
+    return frozenset(name for (name,) in rows)
+
+
+def _type(sql: str, columns: Mapping[str, str], where: str) -> str:
+    fields = ", ".join(f"NULL::{kind} AS {quote(name)}" for name, kind in columns.items()) or "1 AS _"
+    try:
+        rows = query.cursor().execute(f"DESCRIBE SELECT ({sql}) AS value FROM (SELECT {fields}) WHERE false").fetchall()
+    except duckdb.Error as error:
+        first = str(error).split("\n")[0]
+        raise DefinitionError(f"{where}:\n  {sql}\n  {'^' * len(sql)} {first}") from None
+    return str(rows[0][1])
+
+
+def arrow_types(schema: Any) -> dict[str, str]:
+    """The DuckDB type of each column of an Arrow schema."""
+    rows = query.run("SELECT column_name, column_type FROM (DESCRIBE _empty)", {"_empty": schema.empty_table()})
+    return {row["column_name"]: row["column_type"] for row in rows.to_pylist()}
+
+
+def quote(name: str) -> str:
+    """A column's name as an SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def literal(text: str) -> str:
+    """A text as an SQL string literal."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def nearest(name: str, names: Mapping[str, Any] | list[str] | tuple[str, ...]) -> str:
+    """``Nearest: x.`` if one of the names is near, else nothing."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f" Nearest: {close[0]}." if close else ""
+
+
+def _unknown(name: str, known: Mapping[str, str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    hint = f" Nearest: {close[0]} ({known[close[0]].lower()})." if close else ""
+    return f"no column {name!r}.{hint} Columns here: {', '.join(known) or 'none'}"
+
+
+def _underline(sql: str, node: Mapping[str, Any], where: str, message: str) -> str:
+    at = node["query_location"] - len(_SELECT)
+    if not 0 <= at < len(sql):
+        at = 0
+    return _mark(sql, at, node.get("query_location_length") or 1, where, message)
+
+
+def _mark(sql: str, at: int, length: int, where: str, message: str) -> str:
+    return f"{where}:\n  {sql}\n  {' ' * at}{'^' * max(1, min(length, len(sql) - at))} {message}"

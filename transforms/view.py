@@ -1,0 +1,73 @@
+"""A view's arithmetic: partial states of a batch, their merge, and the answer; each one DuckDB query.
+
+The same plan serves every engine, the tests' harness and the serving layer: states are a commutative monoid under
+``merged``, with no rows as identity.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.transforms import query
+from pipelines.transforms.chain import Chain
+from pipelines.transforms.measures import State
+from pipelines.transforms.windows import Window
+
+
+def collapse(t, s): return t
+def canonical(t, s): return t
+
+@dataclasses.dataclass(frozen=True)
+class ViewPlan:
+    """A compiled view. partial: rows (``batch``, with event_time) to states by key and tile. merge: states to states.
+    windowed: merged states to states by window. result: those to answers: keys, window_start, window_end
+    (timestamp[us, UTC]), measures, ``_rows``, states. chain: the view's own steps. digest: answers to one row (rows, digest) over the exact measures.
+    """
+
+    name: str
+    by: tuple[str, ...]
+    window: Window
+    chain: Chain | None
+    states: tuple[State, ...]
+    partial: str
+    merge: str
+    windowed: str
+    result: str
+    digest: str
+    partial_schema: pa.Schema
+    schema: pa.Schema
+    measures: tuple[str, ...]
+
+    def partials(self, rows: pa.Table) -> pa.Table:
+        """The states of these rows (partial_schema)."""
+        if not len(rows):
+            return self.partial_schema.empty_table()
+        return query.run(self.partial, {"batch": rows})
+
+    def merged(self, parts: Iterable[pa.Table]) -> pa.Table:
+        """The states of all parts together (partial_schema), one row for each key and tile or session."""
+        parts = [part for part in parts if len(part)]
+        if len(parts) < 2:
+            return parts[0] if parts else self.partial_schema.empty_table()
+        return collapse(query.run(self.merge, {"batch": pa.concat_tables(parts)}), self.states)
+
+    def finished(self, merged: pa.Table) -> pa.Table:
+        """The answers (schema) of merged states. Every row of a key must be in this one table."""
+        if not len(merged):
+            return self.schema.empty_table()
+        windowed = canonical(collapse(query.run(self.windowed, {"batch": merged}), self.states), self.states)
+        return query.run(self.result, {"batch": windowed})
+
+    def within(self, answers: pa.Table, start: int | None, stop: int | None) -> pa.Table:
+        """The answers whose window starts in [start, stop), µs UTC; None leaves a side open."""
+        begins = answers["window_start"]
+        for bound, keeps in ((start, pc.greater_equal), (stop, pc.less)):
+            if bound is not None:
+                answers = answers.filter(keeps(answers["window_start"], pa.scalar(bound, begins.type)))
+        return answers
+
+    def digested(self, answers: pa.Table) -> int:
+        """An order-independent hash of the exact measures: digests of disjoint answers add up modulo 2^64."""
+        return int(query.run(self.digest, {"batch": answers})["digest"][0].as_py())
