@@ -18,7 +18,7 @@ _ENOUGH = 131_072  # rows held back for one transaction
 
 @beam.typehints.with_input_types(pa.Table)
 @beam.typehints.with_output_types(pa.Table)
-class WriteStore(beam.DoFn):
+class WriteStore(beam.DoFn):  # type: ignore[misc]
     """Rows of one view into one generation of the store at a URI: one transaction a bundle; yields WRITTEN tables.
 
     Guarantee: effectively once. A retried bundle writes the same version again, which changes nothing.

@@ -231,6 +231,9 @@ _HUGE = st.integers(-(10**38) + 1, 10**38 - 1).map(
 )
 _TIMES = st.datetimes(timezones=st.just(datetime.UTC))
 _POINT = pa.struct([("v", pa.float64()), ("n", pa.int64())])
+_LAST = pa.struct([("t", pa.int64()), ("v", pa.string())])
+_FLAG = pa.struct([("t", pa.int64()), ("v", pa.bool_())])
+_WIDE = pa.struct([("x", pa.float64()), ("y", pa.list_(pa.float64()))])
 _VALUES: dict[str, tuple[pa.DataType, st.SearchStrategy[Any]]] = {
     "text": (pa.string(), st.text()),
     "long_text": (pa.large_string(), st.text()),
@@ -255,8 +258,14 @@ _VALUES: dict[str, tuple[pa.DataType, st.SearchStrategy[Any]]] = {
     "_sums": (pa.list_(pa.decimal128(38, 0)), st.lists(_HUGE.map(lambda d: d.to_integral_value()), max_size=2)),
     "_first": (_POINT, st.fixed_dictionaries({"v": st.none() | _FLOATS, "n": _LONG})),
     "_points": (pa.list_(_POINT), st.lists(st.fixed_dictionaries({"v": _FLOATS, "n": _LONG}), max_size=3)),
+    "_last": (_LAST, st.fixed_dictionaries({"t": _LONG, "v": st.none() | st.text() | st.binary().map(str)})),
+    "_raws": (pa.list_(pa.binary()), st.lists(st.none() | st.binary(), max_size=3)),
+    "_flag": (_FLAG, st.fixed_dictionaries({"t": _LONG, "v": st.booleans()})),
     "_texts": (pa.list_(pa.string()), st.lists(st.none() | st.text(), max_size=3)),
     "_flags": (pa.list_(pa.bool_()), st.lists(st.booleans(), max_size=3)),
+    "_counter": (pa.decimal128(38, 0), _LONG.map(decimal.Decimal)),
+    "_huge": (pa.decimal128(38, 0), _HUGE.map(lambda number: number.to_integral_value())),
+    "_wide": (_WIDE, st.fixed_dictionaries({"x": st.none() | _FLOATS, "y": st.lists(_FLOATS | st.none(), max_size=2)})),
     "_deep": (pa.list_(pa.list_(pa.int64())), st.lists(st.none() | st.lists(_LONG, max_size=2), max_size=2)),
 }
 
