@@ -1,0 +1,52 @@
+"""Reading files as a part of any Beam pipeline; what it does is in ``pipelines.io.files``, without Beam."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+
+from pipelines.io.files import Plan, read
+from pipelines.io.splits import Split
+from pipelines.transforms import progress, tables  # noqa: F401  (tables registers the coder of pa.Table)
+from pipelines.transforms.conservation import tally
+
+
+@dataclasses.dataclass
+class ReadFiles(beam.PTransform):  # type: ignore[misc]
+    """The tables of a plan. Outputs, both of pa.Table: ``rows`` and ``tallies`` (TALLY: source rows read).
+
+    distributed: share the splits among workers by a Reshuffle (of the splits, never of rows); on one process that would
+    only cost. Every row is read exactly once per attempt of a bundle; position and source name it across attempts.
+    """
+
+    plan: Plan
+    distributed: bool = False
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def expand(self, start: beam.pvalue.PBegin) -> Any:
+        splits = start | beam.Create(self.plan.splits, reshuffle=False)
+        if self.distributed:
+            splits = splits | beam.Reshuffle()
+        part = beam.ParDo(_Read(self.plan.rows is not None)).with_output_types(pa.Table, tallies=pa.Table)
+        return splits | part.with_outputs("tallies", main="rows")
+
+
+class _Read(beam.DoFn):  # type: ignore[misc]
+    def __init__(self, by_rows: bool) -> None:
+        self._by_rows = by_rows
+
+    def process(self, split: Split) -> Iterator[pa.Table]:
+        rows = 0
+        for table in read(split):
+            rows += len(table)
+            progress.advance(len(table), None if self._by_rows else _bytes(table))
+            yield table
+        yield beam.pvalue.TaggedOutput("tallies", tally("source", "read", rows))
+
+
+def _bytes(table: pa.Table) -> int:
+    return int(table.nbytes)

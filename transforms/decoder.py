@@ -1,0 +1,203 @@
+"""A source's tables, raw payloads or typed columns, to rows of exactly the declared schema. No Beam in here.
+
+Row table: the schema's columns, `_extra` (string, a JSON object or null) with ``extra="keep"`` only, then `_source`
+(dictionary<int32, string>), `_offset` (int64) and, where the source is text, `_raw` (large_binary: the exact bytes of
+the row, with its line end).
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.transforms import query
+from pipelines.transforms.conform import EXTRA, OFFSET, RAW, SOURCE, Fault, conform
+from pipelines.transforms.deadletters import refuse
+from pipelines.transforms.errors import DataRefused
+from pipelines.transforms.payloads import Faults, Format, Parsed, bare, form_of, positions
+from pipelines.transforms.protect import Cipher
+from pipelines.transforms.schema import Extra, Field, Invalid, RowSchema
+
+_BOOKKEEPING = (EXTRA.name, SOURCE.name, OFFSET.name, RAW.name)
+_SHOWN = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """rows: the row table. dead: the dead letters (DEAD_LETTERS), None when every row is good."""
+
+    rows: pa.Table
+    dead: pa.Table | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """How the rows of a source are taken.
+
+    extra: a column the schema does not have: ignore, keep (in `_extra`), reject the row, or stop the run. invalid: a
+    value of another type: reject the row, take it as null, or stop. form: how to read payloads of raw tables that do
+    not say it themselves. A null in a column that may not be null is rejected. Stopping raises DataRefused.
+
+    >>> class Row:
+    ...     n: int
+    >>> rows = pa.table({"n": ["1", "x"], "_source": pa.array(["a", "a"]).dictionary_encode(), "_offset": [0, 4]})
+    >>> decoded = Decoder(RowSchema.of(Row), "numbers").decode(rows)
+    >>> decoded.rows["n"].to_pylist(), decoded.dead["reason"].to_pylist(), decoded.dead["offset"].to_pylist()
+    ([1], ['invalid int in n'], [4])
+    """
+
+    schema: RowSchema
+    pipeline: str
+    extra: Extra = "ignore"
+    invalid: Invalid = "reject"
+    form: Format | None = None
+    cipher: Cipher | None = None
+
+    def decode(self, table: pa.Table) -> Decoded:
+        """Good rows in their order, and dead letters with step "decode". Tables that are right already are not copied."""
+        raw = RAW.name in table.column_names
+        form = (form_of(table.schema) or self.form) if raw else None
+        parsed = self._parse(table, form)
+        rows, faults = self._rows(table, parsed)
+        if not len(faults):
+            return Decoded(rows)
+        bad = faults.rows()
+        good = rows.filter(self._good(parsed, bad)) if len(rows) else rows
+        reason, detail = faults.reasons()
+        refused = table.take(pa.array(bad))
+        if raw:
+            refused = refused.set_column(refused.schema.get_field_index(RAW.name), RAW, bare(refused[RAW.name]))
+        name = form.name if form is not None else "json"
+        return Decoded(good, self._refuse(refused, reason, detail, name))
+
+    def _refuse(self, refused: pa.Table, reason: pa.Array, detail: pa.Array, form: str) -> pa.Table:
+        return refuse(
+            refused,
+            pipeline=self.pipeline,
+            step="decode",
+            reason=reason,
+            detail=detail,
+            format=form,
+            cipher=self.cipher,
+        )
+
+    def _parse(self, table: pa.Table, form: Format | None) -> Parsed:
+        if form is None:
+            return Parsed(table, None, Faults())
+        payloads = table[RAW.name]
+        whole = payloads.chunk(0) if payloads.num_chunks == 1 else payloads.combine_chunks()
+        return form.parse(whole, self.schema, extra=self.extra != "ignore")
+
+    def _good(self, parsed: Parsed, bad: np.ndarray) -> pa.Array:
+        """Which of the parsed rows stand."""
+        if parsed.kept is None:
+            mask = np.ones(len(parsed.columns), bool)
+            mask[bad] = False
+            return pa.array(mask)
+        return pa.array(~np.isin(parsed.kept, bad))
+
+    def _rows(self, table: pa.Table, parsed: Parsed) -> tuple[pa.Table, Faults]:
+        """The parsed rows in the schema's types, those with faults included."""
+        faults, length = parsed.faults, len(parsed.columns)
+        columns = []
+        for field in self.schema.fields:
+            values = column_at(parsed.columns, field)
+            if values is None:
+                values = pa.chunked_array([pa.nulls(length, field.type)])
+            column, found = conform(values, field)
+            for fault in found:
+                self._fault(fault, values, parsed, faults)
+            if not field.nullable and column.null_count:
+                missing = _at(parsed, positions(column.is_null()))
+                faults.add(missing, f"null in {field.name}", f"{field.name} has no value and may not be null")
+            columns.append(column)
+        kept = table if parsed.kept is None else table.take(pa.array(parsed.kept))
+        if self.extra != "ignore":
+            extras = self._extras(parsed)
+            self._judge(extras, parsed, faults)
+            columns += [extras] if self.extra == "keep" else []
+        columns += [kept[name] for name in (SOURCE.name, OFFSET.name, RAW.name) if name in kept.column_names]
+        return pa.Table.from_arrays(columns, schema=self._arrow(RAW.name in table.column_names)), faults
+
+    def _arrow(self, raw: bool) -> pa.Schema:
+        fields = [
+            *self.schema.arrow,
+            *([EXTRA] if self.extra == "keep" else []),
+            SOURCE,
+            OFFSET,
+            *([RAW] if raw else []),
+        ]
+        return pa.schema(fields)
+
+    def _fault(self, fault: Fault, values: pa.ChunkedArray, parsed: Parsed, faults: Faults) -> None:
+        if self.invalid == "null":
+            return
+        detail = self._detail(values.take(pa.array(fault.rows)), fault)
+        if self.invalid == "stop":
+            raise DataRefused(f"{self.pipeline}: {fault.reason} ({detail[0]}); Source(invalid='stop') ends the run")
+        faults.add(_at(parsed, fault.rows), fault.reason, detail)
+
+    def _detail(self, values: pa.ChunkedArray, fault: Fault) -> list[str]:
+        # A shifted line puts one column's value in another's place: with personal columns, no value is shown at all.
+        if self.schema.personal:
+            return [f"{fault.reason}, a value of {len(str(value))} characters" for value in values.to_pylist()]
+        return [f"{fault.reason}: {_shown(value)}" for value in values.to_pylist()]
+
+    def _extras(self, parsed: Parsed) -> pa.ChunkedArray:
+        """The columns the schema does not have, as one JSON object a row (string), null when a row has none."""
+        if EXTRA.name in parsed.columns.column_names:
+            return parsed.columns[EXTRA.name]
+        others = [name for name in parsed.columns.column_names if name not in self._known and name not in _BOOKKEEPING]
+        if not others or not len(parsed.columns):
+            return pa.chunked_array([pa.nulls(len(parsed.columns), EXTRA.type)])
+        text = query.run("select to_json(_row)::varchar as extra from _row", {"_row": parsed.columns.select(others)})
+        return text["extra"].cast(EXTRA.type)
+
+    def _judge(self, extras: pa.ChunkedArray, parsed: Parsed, faults: Faults) -> None:
+        rows = positions(extras.is_valid())
+        if self.extra == "keep" or not len(rows):
+            return
+        if self.extra == "stop":
+            raise DataRefused(
+                f"{self.pipeline}: a row has columns that {self.schema.name} has not; Source(extra='stop')"
+            )
+        faults.add(_at(parsed, rows), "extra column", f"a column that {self.schema.name} does not have")
+
+    @functools.cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(path(field).partition(".")[0] for field in self.schema.fields) | {
+            path(field) for field in self.schema.fields
+        }
+
+
+def path(field: Field) -> str:
+    """Where the payload has the column: a name, or names joined by dots."""
+    return field.column.path or field.name
+
+
+def column_at(table: pa.Table, field: Field) -> pa.ChunkedArray | None:
+    """The field's column in a payload's columns, by name, else step by step into structs."""
+    where = path(field)
+    if where in table.column_names:
+        return table[where]
+    first, *rest = where.split(".")
+    if first not in table.column_names or not rest:
+        return None
+    column = table[first]
+    for name in rest:
+        if not pa.types.is_struct(column.type) or column.type.get_field_index(name) < 0:
+            return None
+        column = pc.struct_field(column, name)
+    return column
+
+
+def _at(parsed: Parsed, rows: np.ndarray) -> np.ndarray:
+    """Positions among the parsed rows as positions in the table they came from."""
+    return rows if parsed.kept is None else parsed.kept[rows]
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "…")
