@@ -10,23 +10,18 @@ How files get into it. Workers write final Parquet files, and the commit only li
 rows outside the range are written again in the same commit, those before and those after apart: the next run
 over a neighbouring range then finds files that end where it begins.
 
-Tables are not partitioned by date. A year of days would be 365 files at least, whatever their size, and every commit
-and every reader pays for each (see docs/benchmarks.md); least and greatest values of each file prune as well.
+Tables are not partitioned by date. A view of 117,000 rows and a year took 0.36 s to stage as 365 files and 0.025 s as
+one, and a query over all of it 28 ms and 4.5 ms; least and greatest values prune as well. The price is paid by a run
+over a range, for the rows beside it in the same files: 0.3 CPU-s and 90 MB at most per million rows, measured on 12M.
 """
 
 import contextlib
 import dataclasses
 import datetime
-import errno
-import functools
-import hashlib
 import json
 import re
-import secrets
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import deltalake
@@ -38,17 +33,14 @@ import pyarrow.parquet as pq
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction, create_table_with_add_actions
 
-from pipelines.io.table import STAGED, Between, Commit, Replace
+from pipelines.io.parquet import ROW_GROUP, Folder, ParquetStage, within
+from pipelines.io.table import Between, Commit, Replace
 from pipelines.transforms.errors import UserError
 
 APP = "pipelines"
-ROW_GROUP = 131_072
-FILE_BYTES = 128 << 20
 ATTEMPTS = 10
-KEEP_HOURS = 168
 
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-_TEXT = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,22 +82,23 @@ class Delta:
     def next_version(self) -> int:
         return self._last(self._load()) + 1
 
-    def stage(self, unit: str, *, token: str, version: int) -> "DeltaStage":
+    def stage(self, unit: str, *, token: str, version: int) -> ParquetStage:
         if not re.fullmatch(r"[\w-]*", unit + token):
             raise ValueError(f"unit {unit!r}, token {token!r}: letters, digits, - and _ only")
-        return DeltaStage(self, f"{_prefix(version)}{token}-{unit}")
+        return ParquetStage(self._folder, f"{_prefix(version)}{token}-{unit}", self.schema)
 
     def commit(self, staged: pa.Table, *, token: str, version: int, replace: Replace) -> Commit:
         """Each attempt looks first whether it is there: so after a conflict, and after an outcome nobody knows."""
-        before, failed = None, None
+        before, failed = None, None  # the log's version when the last try began, and how that ended
         for _ in range(ATTEMPTS):
             table = self._load()
             if (done := self._done(table, token, version)) is not None:
                 self._sweep(version)
                 return done
-            if failed is not None and not _lost(failed, before, table):
-                raise _told(failed, self.uri) from failed
-            before = table
+            now = None if table is None else table.version()
+            if failed is not None and not _overtaken(failed, before, now):
+                raise self._folder.told(failed)
+            before = now
             try:
                 self._write(table, staged, token, version, replace)
                 failed = None
@@ -114,7 +107,18 @@ class Delta:
         raise UserError(f"table {self.uri}: others kept committing to it, {ATTEMPTS} times over. Run again") from failed
 
     def dataset(self) -> pads.Dataset:
-        return self._dataset(_files(self._existing()))
+        """Not ``DeltaTable.to_pyarrow_dataset``: it finds no row by a column that has no statistics."""
+        table = self._existing()
+        layout, place, schema = pads.ParquetFileFormat(), self._folder.files, pa.schema(table.schema().to_arrow())
+        fragments = [
+            layout.make_fragment(file["path"], place, partition_expression=_bounds(file, schema))
+            for file in _files(table)
+        ]
+        return pads.FileSystemDataset(fragments, schema, layout, place)
+
+    def files(self) -> list[str]:
+        folder = self._folder.local
+        return [] if folder is None else [str(folder / file["path"]) for file in _files(self._existing())]
 
     def history(self) -> list[Commit]:
         table = self._load()
@@ -145,7 +149,7 @@ class Delta:
         )
         schema = deltalake.Schema.from_arrow(self.schema)
         if table is None:
-            self._local_folder()
+            self._folder.make()
             create_table_with_add_actions(self.uri, schema, _adds(staged), "error", commit_properties=properties)
             return
         self._sweep(self._last(table))
@@ -170,28 +174,29 @@ class Delta:
                 case "across":
                     gone.append(file)
                     torn.append(file)
-        column, kept = pc.field(between.column), []
-        sides = [("before", column < low)] if low else []
-        sides += [("after", column >= high)] if high else []
-        for side, rows in [*sides, ("null", column.is_null())] if torn else []:
-            stage = self.stage(f"kept-{side}", token=token, version=version)
-            for batch in self._dataset(torn).scanner(filter=rows, batch_readahead=1, fragment_readahead=1).to_batches():
-                stage.add(pa.Table.from_batches([batch]))
-            kept.append(stage.finish())
-        return gone, kept
+        stages = {
+            side: self.stage(f"kept-{side}", token=token, version=version) for side in ("before", "after", "null")
+        }
+        for file in torn:
+            with self._folder.files.open_input_file(file["path"]) as source:
+                for batch in pq.ParquetFile(source).iter_batches(ROW_GROUP):
+                    for side, rows in _outside(pa.Table.from_batches([batch]), between):
+                        stages[side].add(rows)
+        return gone, [stage.finish() for stage in stages.values()]
 
     def _sweep(self, version: int) -> None:
         """Delete the files of a version that no commit has named, and what was replaced more than a week ago."""
         table = self._existing()
         active = {file["path"] for file in _files(table)}
         replaced = set(table.vacuum(retention_hours=0, enforce_retention_duration=False))
-        expired = set(table.vacuum(retention_hours=KEEP_HOURS, enforce_retention_duration=False)) - active
-        for info in self._folder.get_file_info(pafs.FileSelector("")):
+        expired = set(table.vacuum()) - active
+        files = self._folder.files
+        for info in files.get_file_info(pafs.FileSelector("", allow_not_found=True)):
             name = info.base_name
             orphan = name.lstrip(".").startswith(_prefix(version)) and name not in active | replaced
             if orphan or name in expired:
                 with contextlib.suppress(FileNotFoundError):
-                    self._folder.delete_file(name)
+                    files.delete_file(name)
 
     # The columns
 
@@ -208,37 +213,22 @@ class Delta:
 
     # The place
 
-    @functools.cached_property
-    def _local(self) -> Path | None:
-        if "://" not in self.uri:
-            return Path(self.uri)
-        return Path(self.uri.removeprefix("file://")) if self.uri.startswith("file://") else None
-
-    @functools.cached_property
-    def _folder(self) -> pafs.FileSystem:
-        if self._local is not None:
-            return pafs.SubTreeFileSystem(str(self._local.absolute()), pafs.LocalFileSystem())
-        system, path = pafs.FileSystem.from_uri(self.uri)
-        return pafs.SubTreeFileSystem(path, system)
-
-    def _local_folder(self) -> Path | None:
-        """The table's folder if it is local, made if need be."""
-        if self._local is not None:
-            try:
-                self._local.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise _told(error, self.uri) from None
-        return self._local
+    @property
+    def _folder(self) -> Folder:
+        return Folder(self.uri)
 
     def _load(self) -> deltalake.DeltaTable | None:
         try:
-            return deltalake.DeltaTable(self.uri)
+            table = deltalake.DeltaTable(self.uri)
         except TableNotFoundError:
-            if self._local is not None and self._local.is_file():
+            if self._folder.local is not None and self._folder.local.is_file():
                 raise UserError(f"table {self.uri}: it is a file; a table is a folder. Name another place") from None
             return None
         except (DeltaError, OSError) as error:
-            raise _told(error, self.uri) from error
+            raise self._folder.told(error) from error
+        if foreign := _foreign(table):
+            raise UserError(f"table {self.uri}: has {foreign}, so another program made it. Name another place")
+        return table
 
     def _existing(self) -> deltalake.DeltaTable:
         if (table := self._load()) is None:
@@ -249,118 +239,18 @@ class Delta:
     def _last(table: deltalake.DeltaTable | None) -> int:
         return 0 if table is None else table.transaction_version(APP) or 0
 
-    def _dataset(self, files: list[dict[str, Any]]) -> pads.Dataset:
-        """Not ``DeltaTable.to_pyarrow_dataset``: it finds no row by a column that has no statistics."""
-        layout, schema = pads.ParquetFileFormat(), pa.schema(self._existing().schema().to_arrow())
-        fragments = [
-            layout.make_fragment(file["path"], self._folder, partition_expression=_bounds(file, schema))
-            for file in files
-        ]
-        return pads.FileSystemDataset(fragments, schema, layout, self._folder)
+
+def _overtaken(error: Exception, before: int | None, now: int | None) -> bool:
+    """Whether a try failed because another commit came first: then it is made again, from what is there now."""
+    return now != before and (before is None or isinstance(error, CommitFailedError))
 
 
-class DeltaStage:
-    """The Parquet files of one unit: zstd level 1, row groups of 128k rows, a new file after 128 MiB.
-
-    A file is written beside its place and moved there when it is whole. Its name ends in a digest of its bytes:
-    a second attempt that gets the rows in another order writes another file, never over one that may be committed.
-    """
-
-    def __init__(self, table: Delta, name: str) -> None:
-        self._table = table
-        self._name = name
-        self._schema = table.schema
-        self._waiting: list[pa.Table] = []
-        self._rows = 0
-        self._file: _File | None = None
-        self._done: list[dict[str, Any]] = []
-
-    def add(self, rows: pa.Table) -> None:
-        if not rows.num_rows:
-            return
-        self._waiting.append(rows.select(self._schema.names).cast(self._schema))
-        self._rows += rows.num_rows
-        if self._rows >= ROW_GROUP:
-            self._flush()
-
-    def finish(self) -> pa.Table:
-        if self._rows:
-            self._flush()
-        self._close()
-        return pa.Table.from_pylist(self._done, STAGED)
-
-    def _flush(self) -> None:
-        rows, self._waiting, self._rows = pa.concat_tables(self._waiting), [], 0
-        try:
-            if self._file is None:
-                self._file = _File(self._table._local_folder(), self._name, self._schema)
-            self._file.write(rows)
-        except OSError as error:
-            raise _told(error, self._table.uri) from error
-        if self._file.bytes >= FILE_BYTES:
-            self._close()
-
-    def _close(self) -> None:
-        if self._file is not None:
-            try:
-                self._done.append(self._file.close(self._table._folder))
-            except OSError as error:
-                raise _told(error, self._table.uri) from error
-            self._file = None
-
-
-class _File:
-    """One Parquet file on its way: on disk beside its place, or in the temporary folder for an object store."""
-
-    def __init__(self, folder: Path | None, name: str, schema: pa.Schema) -> None:
-        self._name, self._schema, self._in_place = name, schema, folder is not None
-        # A suffix by chance: two attempts at one unit, perhaps on two hosts, write apart until their files are whole.
-        self._path = (folder or Path(tempfile.gettempdir())) / f".{name}-{secrets.token_hex(4)}"
-        self._sink = pa.OSFile(str(self._path), "wb")
-        self._footers: list[pq.FileMetaData] = []
-        options = {"compression": "zstd", "compression_level": 1}
-        self._writer = pq.ParquetWriter(self._sink, schema, metadata_collector=self._footers, **options)
-
-    @property
-    def bytes(self) -> int:
-        return self._sink.tell()  # type: ignore[no-any-return]
-
-    def write(self, rows: pa.Table) -> None:
-        self._writer.write_table(rows, row_group_size=ROW_GROUP)
-
-    def close(self, folder: pafs.FileSystem) -> dict[str, Any]:
-        self._writer.close()
-        self._sink.close()
-        with self._path.open("rb") as file:
-            digest = hashlib.file_digest(file, functools.partial(hashlib.blake2b, digest_size=8)).hexdigest()
-        name, size = f"{self._name}-{digest}.parquet", self._path.stat().st_size
-        if self._in_place:
-            self._path.replace(self._path.with_name(name))
-        else:
-            pafs.copy_files(str(self._path), name, pafs.LocalFileSystem(), folder)
-            self._path.unlink()
-        rows = self._footers[0].num_rows
-        return {"path": name, "rows": rows, "bytes": size, "stats": json.dumps(_stats(self._footers[0], self._schema))}
-
-
-def _lost(error: Exception, before: deltalake.DeltaTable | None, now: deltalake.DeltaTable | None) -> bool:
-    """Whether a commit failed because another one came first: then it is made again, from what is there now."""
-    created = before is None and now is not None
-    moved = before is not None and now is not None and now.version() != before.version()
-    return created or (moved and isinstance(error, CommitFailedError))
-
-
-def _told(error: Exception, uri: str) -> Exception:
-    """The user's part of what a disk says, in one line; every other error as it is."""
-    code = error.errno if isinstance(error, OSError) else None
-    said = str(error)
-    if code == errno.ENOSPC or "os error 28" in said:
-        return UserError(f"table {uri}: no space left on the disk. Free some, or name another place, and run again")
-    if code in (errno.EACCES, errno.EPERM, errno.EROFS) or "os error 13" in said or "os error 30" in said:
-        return UserError(f"table {uri}: not allowed to write there. Name another place, or change its permissions")
-    if code in (errno.ENOTDIR, errno.EEXIST) or "os error 20" in said:
-        return UserError(f"table {uri}: part of that path is a file; a table is a folder. Name another place")
-    return error
+def _foreign(table: deltalake.DeltaTable) -> str:
+    """What a table has that would be read wrongly here."""
+    features = {"deletionVectors", "columnMapping"} & set(table.protocol().reader_features or ())
+    features |= {"columnMapping"} if table.protocol().min_reader_version == 2 else set()
+    features |= {"partitions"} if table.metadata().partition_columns else set()
+    return ", ".join(sorted(features))
 
 
 def _prefix(version: int) -> str:
@@ -422,6 +312,16 @@ def _place(
     return "inside" if whole and file[f"null_count.{column}"] == 0 else "across"
 
 
+def _outside(rows: pa.Table, between: Between) -> Iterator[tuple[str, pa.Table]]:
+    """The rows outside a range: before it, after it, and those without a time."""
+    times = rows[between.column]
+    if between.start is not None:
+        yield "before", rows.filter(pc.less(times, pa.scalar(_moment(between.start), times.type)))
+    if between.end is not None:
+        yield "after", rows.filter(pc.greater_equal(times, pa.scalar(_moment(between.end), times.type)))
+    yield "null", rows.filter(times.is_null())
+
+
 def _adds(staged: pa.Table) -> list[AddAction]:
     now = time.time_ns() // 1_000_000
     return [AddAction(row["path"], row["bytes"], {}, now, True, row["stats"]) for row in staged.to_pylist()]
@@ -442,57 +342,13 @@ def _commits(table: deltalake.DeltaTable) -> Iterator[Commit]:
             yield Commit(**note, at=entry["timestamp"])
 
 
-# Statistics: the least and greatest values of a file, for columns whose order nobody disputes. Not for floats (a NaN is
-# in no statistics, and the greatest value to DuckDB) nor decimals (a JSON number is read as a double).
-
-
-def _plain(kind: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_signed_integer(kind)
-        or pa.types.is_date(kind)
-        or pa.types.is_string(kind)
-        or (pa.types.is_timestamp(kind) and kind.tz is not None)
-    )
-
-
-def _stats(footer: pq.FileMetaData, schema: pa.Schema) -> dict[str, Any]:
-    """Delta's statistics from a Parquet footer. Texts longer than 32 characters have a least value and no greatest."""
-    stats: dict[str, Any] = {"numRecords": footer.num_rows, "minValues": {}, "maxValues": {}, "nullCount": {}}
-    groups = [footer.row_group(index) for index in range(footer.num_row_groups)]
-    for index in range(footer.num_columns):
-        name = footer.schema.column(index).path
-        if name not in schema.names or not _plain(schema.field(name).type):
-            continue
-        found = [group.column(index).statistics for group in groups]
-        if any(one is None or not one.has_null_count for one in found):
-            continue
-        stats["nullCount"][name] = sum(one.null_count for one in found)
-        full = [one for one, group in zip(found, groups, strict=True) if one.null_count < group.num_rows]
-        if full and all(one.has_min_max for one in full):
-            least, greatest = min(one.min for one in full), max(one.max for one in full)
-            stats["minValues"][name] = _write(least)
-            if not (isinstance(greatest, str) and len(greatest) > _TEXT):
-                stats["maxValues"][name] = _write(greatest)
-    return stats
-
-
-def _write(value: Any) -> Any:
-    if isinstance(value, datetime.datetime):
-        return value.astimezone(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-    return value.isoformat() if isinstance(value, datetime.date) else value[:_TEXT] if isinstance(value, str) else value
-
-
 def _read(text: str) -> datetime.datetime:
     return datetime.datetime.fromisoformat(text)
 
 
 def _bounds(file: dict[str, Any], schema: pa.Schema) -> pc.Expression:
-    """What is true of every row of a file, for readers to skip it by."""
     every = pc.scalar(True)
     for field in schema:
-        least, greatest = file.get(f"min.{field.name}"), file.get(f"max.{field.name}")
-        if _plain(field.type) and least is not None and greatest is not None:
-            column = pc.field(field.name)
-            within = (column >= pa.scalar(least, field.type)) & (column <= pa.scalar(greatest, field.type))
-            every &= within if file[f"null_count.{field.name}"] == 0 else within | column.is_null()
+        least, greatest, nulls = (file.get(f"{what}.{field.name}") for what in ("min", "max", "null_count"))
+        every &= within(least, greatest, nulls, field)
     return every

@@ -75,7 +75,8 @@ class Table(Protocol):
     """A transactional, columnar table. Picklable: it is opened wherever it is used.
 
     Guarantee: exactly once. A commit of (token, version) is in the table wholly or not at all, and once, however often
-    staging and committing are tried again; readers see the table before it or after it.
+    staging and committing are tried again; readers see the table before it or after it. A run that asks for a version
+    of its own after that commit landed is another run: what it appends is there again, what it replaces is not.
     """
 
     @property
@@ -104,6 +105,12 @@ class Table(Protocol):
 
     def dataset(self) -> pads.Dataset:
         """The rows as last committed, for Arrow and DuckDB, which push columns and filters down to its row groups."""
+
+    def files(self) -> list[str]:
+        """The Parquet files as last committed, for DuckDB's read_parquet (up to 6 times as fast as the dataset).
+
+        Absolute paths; empty if they are not on this machine's disk, or there is none: then read the dataset.
+        """
 
     def history(self) -> list[Commit]:
         """Our commits, newest first, as far back as the table's log goes."""
