@@ -1,0 +1,56 @@
+import os
+from pathlib import Path
+
+import apache_beam as beam
+import pytest
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+
+from pipelines import run, runners
+from pipelines.transforms.errors import DataRefused, UserError
+
+
+def test_it_runs_the_graph_in_this_process_on_the_runner_it_names(tmp_path: Path) -> None:
+    chosen = []
+    place = tmp_path / "pid"
+
+    def build(pipeline: beam.Pipeline) -> None:
+        chosen.append(type(pipeline.runner))
+        _ = pipeline | beam.Create([place]) | beam.Map(lambda path: path.write_text(str(os.getpid())))
+
+    runners.named("DirectRunner").run(build, [])
+    assert place.read_text() == str(os.getpid())
+    assert chosen == [FnApiRunner]
+
+
+@pytest.mark.parametrize("kind", [UserError, DataRefused])
+def test_what_a_worker_raises_is_found_again_in_one_line(kind: type[Exception]) -> None:
+    def fail(_: int) -> None:
+        raise kind("no such file: x")
+
+    def build(pipeline: beam.Pipeline) -> None:
+        _ = pipeline | beam.Create([1]) | beam.Map(fail)
+
+    with pytest.raises(Exception, match="no such file") as raised:
+        runners.named("DirectRunner").run(build, [])
+    found = run.mistake(raised.value)
+    assert type(found) is kind
+    assert str(found) == "no such file: x"
+
+
+def test_our_own_fault_stays_ours() -> None:
+    assert run.mistake(KeyError("pipelines.transforms.errors")) is None
+    assert run.mistake(RuntimeError("Traceback:\nValueError: x [while running 'Read']")) is None
+
+
+def test_a_mistake_is_found_in_the_text_of_a_far_worker() -> None:
+    raised = "pipelines.transforms.schema.SchemaError: row X: bad [while running 'A/B']"
+    text = f"Error from worker: Traceback\n  File x\n{raised}\n\n"
+    found = run.mistake(RuntimeError(text))
+    assert isinstance(found, UserError)
+    assert str(found) == "row X: bad"
+
+
+def test_a_full_disk_is_told() -> None:
+    found = run.mistake(OSError(28, "No space left on device", "data/x"))
+    assert isinstance(found, UserError)
+    assert "the disk is full" in str(found)
