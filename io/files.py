@@ -12,7 +12,7 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from pipelines.io import parquet, text
+from pipelines.io import rowgroups, text
 from pipelines.io.places import File, find
 from pipelines.io.splits import Split
 from pipelines.transforms.conform import convertible, type_name
@@ -66,11 +66,11 @@ def plan(
 
 def read(split: Split) -> Iterator[pa.Table]:
     """The tables of a split: raw (`_source`, `_offset`, `_raw`) for text, else typed columns, `_source`, `_offset`."""
-    return parquet.read(split) if split.format == "parquet" else text.read(split)
+    return rowgroups.read(split) if split.format == "parquet" else text.read(split)
 
 
 def _open(file: File, schema: RowSchema) -> Opened:
-    return parquet.Parquet.of(file) if file.format == "parquet" else text.Text.of(file, schema)
+    return rowgroups.RowGroups.of(file) if file.format == "parquet" else text.Text.of(file, schema)
 
 
 def _wanted(opened: Opened, schema: RowSchema, extra: Extra) -> tuple[str, ...]:

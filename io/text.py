@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import io
 from collections.abc import Callable, Iterator
 from typing import IO
 
@@ -126,7 +125,7 @@ def _blocks(handle: IO[bytes], split: Split, ends_of: "Splitter", chunk: int) ->
 
 
 def _force(data: bytes, start: int, ends_of: "Splitter", split: Split, more: bool) -> Ends:
-    """Ends for a tail that has none: the file's last line, or a quote that never closes, whose first line stands alone."""
+    """Ends for a tail that has none: the file's last line, or a quote that never closes: its first line is one."""
     tail = data[start:]
     closed = ends_of(tail + b"\n")
     if not more and len(closed):
@@ -186,7 +185,8 @@ def record_ends(data: bytes, form: Csv) -> Ends:
     quotes = np.flatnonzero(array == ord(form.quote))
     if _regular(array, quotes, form, 10):
         feeds = np.flatnonzero(array == 10)
-        return feeds[np.searchsorted(quotes, feeds) % 2 == 0] + 1
+        outside: Ends = feeds[np.searchsorted(quotes, feeds) % 2 == 0] + 1
+        return outside
     ends, at = [], 0
     while (record := form.line.match(data, at)) is not None:
         at = record.end()
@@ -202,7 +202,7 @@ def _regular(array: npt.NDArray[np.uint8], quotes: Ends, form: Csv, before: int)
 
 
 def _line_cuts(handle: IO[bytes], start: int, size: int, step: int) -> list[int]:
-    cuts = []
+    cuts: list[int] = []
     for wanted in range(start + step, size, step):
         at = max(wanted, cuts[-1] if cuts else 0)
         handle.seek(at)
@@ -258,10 +258,8 @@ def _header(line: bytes, form: Csv, file: File) -> tuple[str, ...]:
         text = line.decode().rstrip("\r\n")
     except UnicodeDecodeError:
         raise UserError(f"{file.source}: the header is not UTF-8 text; is this csv?") from None
-    quoting = csv.QUOTE_MINIMAL if form.quote else csv.QUOTE_NONE
-    rows = csv.reader(
-        io.StringIO(text, newline=""), delimiter=form.delimiter, quotechar=form.quote or None, quoting=quoting
-    )
+    lines = [f"{part}\n" for part in text.split("\n")]
+    rows = csv.reader(lines, delimiter=form.delimiter, quotechar=form.quote or None, quoting=0 if form.quote else 3)
     names = tuple(next(rows, []))
     if not any(names):
         raise UserError(f"{file.source}: no header line; add ?header=no if the first line is data")

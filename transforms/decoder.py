@@ -56,7 +56,7 @@ class Decoder:
     cipher: Cipher | None = None
 
     def decode(self, table: pa.Table) -> Decoded:
-        """Good rows in their order, and dead letters with step "decode". Tables that are right already are not copied."""
+        """Good rows in order, and dead letters with step "decode". A table that is right already is not copied."""
         raw = RAW.name in table.column_names
         form = (form_of(table.schema) or self.form) if raw else None
         parsed = self._parse(table, form)

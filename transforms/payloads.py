@@ -9,7 +9,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -212,5 +212,6 @@ def form_of(schema: pa.Schema) -> Format | None:
     text = (schema.metadata or {}).get(_FORMAT)
     if text is None:
         return None
-    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(text).items()}
-    return {Csv.name: Csv}[fields.pop("format")](**fields)
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(text).items()}
+    forms = {form.name: form for form in (Csv,)}
+    return forms[fields.pop("format")](**fields)

@@ -1,0 +1,107 @@
+"""Parquet in: whole row groups to a worker, only the columns that the schema names, types as the file has them."""
+
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import IO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.io.places import File
+from pipelines.io.splits import ROWS, Split, bookkeeping
+from pipelines.transforms.errors import UserError
+
+BYTES = 64 << 20
+"""Bytes of a table's columns, at most, as the footer estimates them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RowGroups:
+    """A Parquet file, opened for its footer. columns: name to type."""
+
+    file: File
+    footer: pq.FileMetaData
+    columns: dict[str, pa.DataType]
+
+    @staticmethod
+    def of(file: File) -> "RowGroups":
+        """Raises UserError for a file that is cut off or damaged."""
+        with _opened(file) as parquet:
+            schema = parquet.schema_arrow
+            return RowGroups(file, parquet.metadata, {field.name: field.type for field in schema})
+
+    def splits(self, wanted: tuple[str, ...], step: int) -> list[Split]:
+        """Runs of row groups of about ``step`` stored bytes of the wanted columns; one where the file is compressed."""
+        found: list[Split] = []
+        first = start = rows = stored = 0
+        for group in range(self.footer.num_row_groups):
+            rows += self.footer.row_group(group).num_rows
+            stored += self._stored(group, wanted)
+            last = group + 1 == self.footer.num_row_groups
+            if last or (stored >= step and not self.file.codec):
+                found.append(Split(self.file, start, group + 1, stored, rows, first, wanted))
+                first, start, rows, stored = first + rows, group + 1, 0, 0
+        return found
+
+    def _stored(self, group: int, wanted: tuple[str, ...]) -> int:
+        meta = self.footer.row_group(group)
+        columns = (meta.column(index) for index in range(meta.num_columns))
+        return sum(column.total_compressed_size for column in columns if _under(column.path_in_schema, wanted))
+
+
+def _under(path: str, wanted: tuple[str, ...]) -> bool:
+    return any(path == name or path.startswith(f"{name}.") for name in wanted)
+
+
+def read(split: Split) -> Iterator[pa.Table]:
+    """Tables of the split's columns, `_source` and `_offset` (the row's number in the file, from 0), at most 1M rows or
+    64 MB each. Raises UserError where the file is damaged.
+    """
+    at = split.first
+    with _opened(split.file) as parquet:
+        groups = range(split.start, split.stop or 0)
+        size = _batch_rows(parquet.metadata, groups, split.columns)
+        for batch in parquet.iter_batches(size, row_groups=groups, columns=list(split.columns)):
+            table = pa.Table.from_batches([batch])
+            source, offset = bookkeeping(split.file.source, at, len(table))
+            at += len(table)
+            yield table.append_column("_source", source).append_column("_offset", offset)
+
+
+def _batch_rows(footer: pq.FileMetaData, groups: range, wanted: tuple[str, ...]) -> int:
+    rows = plain = 1
+    for group in groups:
+        meta = footer.row_group(group)
+        rows += meta.num_rows
+        columns = (meta.column(index) for index in range(meta.num_columns))
+        plain += sum(column.total_uncompressed_size for column in columns if _under(column.path_in_schema, wanted))
+    return max(1, min(ROWS, rows * BYTES // plain))
+
+
+@contextlib.contextmanager
+def _opened(file: File) -> Iterator[pq.ParquetFile]:
+    with contextlib.ExitStack() as stack:
+        try:
+            yield pq.ParquetFile(stack.enter_context(_seekable(file)))
+        except (pa.ArrowInvalid, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{file.source}: damaged or cut-off Parquet ({reason}); write it again") from error
+
+
+@contextlib.contextmanager
+def _seekable(file: File) -> Iterator[IO[bytes] | str]:
+    """Parquet is read from its end: what is compressed around it is unpacked to a temporary file first."""
+    if file.local and not file.codec:
+        yield file.path
+        return
+    with file.open() as handle:
+        if not file.codec:
+            yield handle
+            return
+        with tempfile.TemporaryFile() as unpacked:
+            shutil.copyfileobj(handle, unpacked, 1 << 20)
+            unpacked.seek(0)
+            yield unpacked
