@@ -203,7 +203,7 @@ def _stats(footer: pq.FileMetaData, schema: pa.Schema) -> dict[str, Any]:
     for index in range(footer.num_columns):
         name = footer.schema.column(index).path
         found = [group.column(index).statistics for group in groups]
-        if name not in schema.names or not ordered(schema.field(name).type) or None in found:
+        if name not in schema.names or not ordered(schema.field(name).type) or any(one is None for one in found):
             continue
         stats["nullCount"][name] = sum(one.null_count for one in found)
         full = [one for one, group in zip(found, groups, strict=True) if one.null_count < group.num_rows]

@@ -19,7 +19,7 @@ from pipelines.transforms import tables  # noqa: F401  registers the coder of pa
 
 @beam.typehints.with_input_types(pa.Table)
 @beam.typehints.with_output_types(pa.Table)
-class StageTable(beam.DoFn):
+class StageTable(beam.DoFn):  # type: ignore[misc]
     """Tables in, STAGED out: the rows of a bundle go to the files of one unit, named by its first rows.
 
     Bounded input in the global window only. Rows may carry ``_source`` and ``_offset``, which then name the unit; they
