@@ -145,8 +145,8 @@ def list_() -> None:
     """List the built-in definitions."""
     from pipelines import definition, report
 
-    rows = [(name, definition.load(name)) for name in _builtin()]
-    told = [(name, ", ".join(view.name for view in declared.views), declared.doc) for name, declared in rows]
+    loaded = [definition.load(module.name) for module in pkgutil.iter_modules(examples.__path__)]
+    told = [(one.name, ", ".join(view.name for view in one.views), one.doc) for one in loaded]
     click.echo(report.grid(("pipeline", "views", ""), told))
 
 
@@ -196,13 +196,9 @@ def _deployment(name: str, declared: Any, places: dict[str, Any]) -> options.Dep
     return options.Deployment(dimensions={key: options.expand(uri) for key, uri in given.items()}, **expanded)
 
 
-def _builtin() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(examples.__path__))
-
-
 def _embedded(name: str) -> tuple[str | None, dict[str, str]]:
     """Where the data of a built-in example is: what its module offers as HISTORY and DIMENSIONS."""
-    if name not in _builtin():
+    if not name.isidentifier():
         return None, {}
     module = importlib.import_module(f"{examples.__name__}.{name}")
     history, dimensions = getattr(module, "HISTORY", None), getattr(module, "DIMENSIONS", dict)

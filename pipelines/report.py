@@ -29,6 +29,7 @@ class Facts(TypedDict):
 
     rows: source rows by counter. rejected: by reason. unmatched: look-ups without a match, by dimension and reason.
     boundary: the time up to which the batch layer now speaks. first, last: the least and greatest event time kept.
+    skipped: views that a range of event times cannot recompute.
     """
 
     rows: dict[str, int]
@@ -38,6 +39,7 @@ class Facts(TypedDict):
     boundary: str | None
     first: str | None
     last: str | None
+    skipped: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +122,10 @@ class Report:
             (name, f"{view['rows']:,}", view["digest"], _through(view["complete_through"]))
             for name, view in self.facts["views"].items()
         ]
-        return indent(grid(("view", "rows", "digest", "complete through"), rows)) if rows else ""
+        skipped = [f"  {name}: left as it was; a range cannot recompute it" for name in self.facts["skipped"]]
+        return "\n".join(
+            [indent(grid(("view", "rows", "digest", "complete through"), rows)), *skipped] if rows else skipped
+        )
 
     def foot(self) -> str:
         """What it took, where everything is, and what to try next."""

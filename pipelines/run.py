@@ -34,9 +34,10 @@ def run(pipeline: "Pipeline", deployment: Deployment, flags: Sequence[str] = ())
     _prepare(deployment)
     from pipelines import graph, report
 
+    prepared = graph.prepare(pipeline, deployment)
     with progress.shown(report.title(pipeline, deployment)):
         try:
-            engine.run(lambda root: graph.build(root, pipeline, deployment), flags)
+            engine.run(lambda root: graph.build(root, prepared, distributed=engine.DISTRIBUTED), flags)
         except Exception as error:
             if (found := mistake(error)) is None:
                 raise
@@ -48,13 +49,11 @@ def run(pipeline: "Pipeline", deployment: Deployment, flags: Sequence[str] = ())
 
 
 def dry_run(pipeline: "Pipeline", deployment: Deployment) -> None:
-    """Builds the graph, which reads every header and plans every file, and runs nothing."""
-    import apache_beam as beam
-
+    """Reads every header, plans every file, looks at every table, and runs nothing."""
+    runners.named(deployment.runner)
     from pipelines import graph
 
-    runners.named(deployment.runner)
-    graph.build(beam.Pipeline(runner="FnApiRunner"), pipeline, deployment)
+    graph.prepare(pipeline, deployment)
 
 
 def mistake(error: BaseException) -> UserError | DataRefused | None:

@@ -111,4 +111,4 @@ def _first(error: Exception) -> str:
 def _plain(value: Any) -> str:
     if isinstance(value, bytes):
         return value.decode("utf-8", errors="backslashreplace")
-    return str(value) if isinstance(value, decimal.Decimal) else value.isoformat()  # type: ignore[no-any-return]
+    return str(value) if isinstance(value, decimal.Decimal) else str(value.isoformat())

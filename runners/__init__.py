@@ -14,7 +14,9 @@ MODULES = {"DirectRunner": "direct"}
 
 
 class Engine(Protocol):
-    """What a runner's module offers."""
+    """What a runner's module offers. DISTRIBUTED: workers are other processes, to which work must be dealt out."""
+
+    DISTRIBUTED: bool
 
     def run(self, build: Callable[["beam.Pipeline"], None], flags: Sequence[str]) -> None:
         """Runs what ``build`` puts on an empty pipeline to its end. flags: Beam's own options. Raises what failed."""

@@ -14,6 +14,8 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
 from pipelines.transforms import query
 
+DISTRIBUTED = False
+
 
 def run(build: Callable[[beam.Pipeline], None], flags: Sequence[str]) -> None:
     """Runs the graph to its end in this process. What a worker raises is raised, with Beam's addition to its text."""
