@@ -1,0 +1,72 @@
+"""The benchmark's jobs as this project's own definitions: per (key, hour), over the rows of benchmarks/data.py."""
+
+import dataclasses
+from datetime import datetime
+
+from pipelines import Count, Distinct, Max, Mean, Min, Pipeline, Quantile, Source, Sum, Tumbling, View
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What the base job needs. Each job names only the columns it uses, as its peers read only those."""
+
+    key: str
+    ts: datetime
+    value: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Visit(Reading):
+    """A reading and who caused it."""
+
+    user: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Identified(Reading):
+    """A reading that must count once."""
+
+    id: int
+
+
+HOUR = Tumbling("1h")
+
+base = Pipeline(
+    "base",
+    source=Source(Reading, event_time="ts"),
+    views=(
+        View(
+            "hourly",
+            by="key",
+            window=HOUR,
+            n=Count(),
+            total=Sum("value"),
+            mean=Mean("value"),
+            least=Min("value"),
+            most=Max("value"),
+        ),
+    ),
+    events=False,
+)
+sketch = Pipeline(
+    "sketch",
+    source=Source(Visit, event_time="ts"),
+    views=(
+        View(
+            "hourly",
+            by="key",
+            window=HOUR,
+            n=Count(),
+            total=Sum("value"),
+            mean=Mean("value"),
+            least=Min("value"),
+            most=Max("value"),
+            p95=Quantile("value", 0.95),
+            users=Distinct("user"),
+        ),
+    ),
+    events=False,
+)
+identity = Pipeline(
+    "identity", source=Source(Identified, event_time="ts", identity="id"), views=base.views, events=False
+)

@@ -1,0 +1,141 @@
+"""The tables and the chart of docs/benchmarks.md, from the figures alone: ``python -m benchmarks.page``."""
+
+from pathlib import Path
+
+from benchmarks import chart
+from benchmarks.figures import Figures
+
+DOCS = Path("docs")
+FIGURES = DOCS / "benchmarks.json"
+PAGE = DOCS / "benchmarks.md"
+OURS, DUCKDB, ROWS = "ours", "DuckDB", "Beam, per row"
+NONE = "–"
+SIZES = ("3M", "30M", "300M")
+RIVALS = ("PySpark", "PyFlink", "Bytewax", "Pathway")
+Bar = tuple[str, float, float | None, bool]
+"""What is asked, the bound, what was measured, and whether the bound is a greatest value (or a least one)."""
+
+
+def write(figures: Figures) -> None:
+    """Replaces what stands between ``<!-- name -->`` and ``<!-- end -->`` in the page; draws the chart."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name, table in tables(figures).items():
+        before, start, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        text = f"{before}{start}{table}\n{end}{after}"
+    PAGE.write_text(text, encoding="utf-8")
+    chart.draw(figures, DOCS / "benchmarks.svg")
+
+
+def summary(figures: Figures) -> str:
+    """All that was measured, for a terminal."""
+    cases = dict.fromkeys((run.job, run.dataset, run.peer) for run in figures.runs)
+    rows = [[job, dataset, peer, *_costs(figures, job, dataset, peer)] for job, dataset, peer in cases]
+    return _table(["job", "rows", "program", "CPU-s", "wall s", "peak MiB", "× DuckDB"], rows)
+
+
+def tables(figures: Figures) -> dict[str, str]:
+    machine = ", ".join(f"{name} {value}" for name, value in figures.machine.items())
+    return {
+        "bars": _bars(figures),
+        "base": _job(figures, "base"),
+        "sketch": _job(figures, "sketch"),
+        "sizes": _sizes(figures),
+        "accuracy": _accuracy(figures),
+        "machine": machine + ".",
+    }
+
+
+def _job(figures: Figures, job: str) -> str:
+    """Everyone at 3M and 30M rows, the fastest first, by the greatest size that each was measured at."""
+    speeds = {peer: figures.speed(job, peer) for peer in figures.peers(job, ("3M", "30M"))}
+    header = ["program", "rows per CPU-s"]
+    header += [f"{size}: {name}" for size in ("3M", "30M") for name in ("CPU-s", "wall s", "peak MiB", "× DuckDB")]
+    rows = [
+        [peer, f"{speed:,.0f}", *_costs(figures, job, "3M", peer), *_costs(figures, job, "30M", peer)]
+        for peer, speed in sorted(speeds.items(), key=lambda item: -item[1])
+    ]
+    return _table(header, rows)
+
+
+def _costs(figures: Figures, job: str, dataset: str, peer: str) -> list[str]:
+    fields = [_number(figures.median(job, dataset, peer, field)) for field in ("cpu", "wall", "peak_mib")]
+    ratio = figures.ratio(job, dataset, peer, DUCKDB)
+    return [*fields, NONE if ratio is None else f"{ratio:.1f}"]
+
+
+def _sizes(figures: Figures) -> str:
+    """How our own cost grows."""
+    jobs = [("base", "3M"), ("base", "30M"), ("base", "300M"), ("base", "10M-groups")]
+    jobs += [("sketch", "3M"), ("sketch", "30M"), ("sketch", "300M")]
+    jobs += [("identity", "3M"), ("identity", "30M"), ("identity", "300M")]
+    rows = []
+    for job, dataset in jobs:
+        if runs := figures.of(job, dataset, OURS):
+            cpu, wall, peak, ratio = _costs(figures, job, dataset, OURS)
+            micros = figures.median(job, dataset, OURS, "cpu")
+            assert micros is not None
+            rows.append([job, dataset, cpu, f"{micros * 1e6 / runs[0].rows:.2f}", wall, peak, ratio])
+    return _table(["job", "rows", "CPU-s", "CPU-µs per row", "wall s", "peak MiB", "× DuckDB"], rows)
+
+
+def _accuracy(figures: Figures) -> str:
+    rows = []
+    for run in figures.runs:
+        if run.job == "sketch" and run.dataset in ("3M", "30M") and (accuracy := run.accuracy):
+            errors = (accuracy.p95, accuracy.p95_99, accuracy.users, accuracy.users_99)
+            rows.append([run.peer, run.dataset, *(f"{100 * (error or 0):.2f} %" for error in errors)])
+    return _table(["program", "rows", "p95, mean", "p95, 99 % of groups", "distinct, mean", "distinct, 99 %"], rows)
+
+
+def _bars(figures: Figures) -> str:
+    def ratio(job: str, dataset: str, peer: str = DUCKDB) -> float | None:
+        return figures.ratio(job, dataset, OURS, peer)
+
+    def peak(job: str, *datasets: str) -> float | None:
+        peaks = [run.peak_mib for dataset in datasets for run in figures.of(job, dataset, OURS)]
+        return max(peaks, default=None)
+
+    def ahead(peer: str) -> float | None:
+        speed = figures.speed("base", peer)
+        return figures.speed("base", OURS) / speed if speed else None
+
+    rows_ratio = ratio("base", "3M", ROWS)
+    bars: list[Bar] = [
+        ("base, 3M rows: CPU-seconds by DuckDB's", 5, ratio("base", "3M"), True),
+        ("base, 30M rows", 3, ratio("base", "30M"), True),
+        ("sketch, 3M rows", 8, ratio("sketch", "3M"), True),
+        ("sketch, 30M rows", 4, ratio("sketch", "30M"), True),
+        ("base, 3M rows: times per-row Beam's speed", 50, rows_ratio and 1 / rows_ratio, False),
+        *((f"base: times {peer}'s rows per CPU-second", 1, ahead(peer), False) for peer in RIVALS),
+        ("peak MiB, base, 3M to 300M rows", 600, peak("base", *SIZES), True),
+        ("peak MiB, sketch, 3M to 300M rows", 600, peak("sketch", *SIZES), True),
+        ("peak MiB with identity, 3M to 300M rows", 1_000, peak("identity", *SIZES), True),
+        ("peak MiB, 10M groups", 2_500, peak("base", "10M-groups"), True),
+    ]
+    rows = [
+        [what, f"{'at most' if most else 'at least'} {bound:,g}", _number(value), _verdict(value, bound, most)]
+        for what, bound, value, most in bars
+    ]
+    return _table(["asked", "bar", "measured", ""], rows)
+
+
+def _verdict(value: float | None, bound: float, most: bool) -> str:
+    if value is None:
+        return "not measured"
+    return "met" if (value <= bound if most else value >= bound) else "**missed**"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return NONE
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    write(Figures.load(FIGURES))
