@@ -4,17 +4,25 @@ A definition names no place and no engine. It is checked as it is constructed: e
 """
 
 import dataclasses
+import hashlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+import traceback
 from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 from pipelines import sql
+from pipelines.transforms.errors import UserError
 from pipelines.transforms.expressions import DefinitionError, nearest
 from pipelines.transforms.measures import Measure
 from pipelines.transforms.schema import RESERVED, Extra, Invalid, RowSchema
 from pipelines.transforms.steps import Names, Sql, Step, declared_at, names
 from pipelines.transforms.windows import Duration, Whole, Window
 
-__all__ = ["DefinitionError", "Dimension", "Pipeline", "Source", "View"]
+__all__ = ["DefinitionError", "Dimension", "Pipeline", "Source", "View", "load"]
 
 
 def _name(kind: str, name: str) -> None:
@@ -171,3 +179,73 @@ class Pipeline:
         return sql.compile(self)
 
 
+
+
+def load(path_or_name: str, **parameters: str) -> Pipeline:
+    """A pipeline by built-in name, or as ``path/to/file.py:object``; a function is called with the parameters.
+
+    Parameters given as text become the type of the function's annotation (int, float, bool, str). Raises DefinitionError.
+    """
+    path, _, attribute = path_or_name.partition(":")
+    if path.endswith(".py"):
+        namespace = _executed(path)
+    else:
+        namespace, attribute = _builtin(path), attribute or path
+    found = namespace.get(attribute)
+    if found is None:
+        made = [name for name, value in namespace.items() if isinstance(value, Pipeline)]
+        raise DefinitionError(f"{path_or_name}: no {attribute!r} there.{nearest(attribute, list(namespace))} Pipelines there: {', '.join(made) or 'none'}")
+    if callable(found) and not isinstance(found, Pipeline):
+        found = found(**_arguments(path_or_name, found, parameters))
+    elif parameters:
+        raise DefinitionError(f"{path_or_name} is not a function, so it takes no --set {next(iter(parameters))}=…")
+    if not isinstance(found, Pipeline):
+        raise DefinitionError(f"{path_or_name} is {type(found).__name__}, not a Pipeline")
+    return found
+
+
+def _executed(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise DefinitionError(f"--pipeline={path}: no such file")
+    name = "_definition_" + hashlib.blake2b(str(Path(path).resolve()).encode(), digest_size=6).hexdigest()
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # row classes are looked up by module when their annotations are read
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        line = next((f":{frame.lineno}" for frame in reversed(traceback.extract_tb(error.__traceback__)) if frame.filename == path), "")
+        raise DefinitionError(f"{path}{line}: {type(error).__name__}: {error}") from error
+    return vars(module)
+
+
+def _builtin(name: str) -> dict[str, Any]:
+    from pipelines import examples
+
+    names = sorted(module.name for module in pkgutil.iter_modules(examples.__path__))
+    if name not in names:
+        raise DefinitionError(f"--pipeline={name}: no such built-in pipeline.{nearest(name, names)} Built in: {', '.join(names)}; or path/to/file.py:object")
+    return vars(importlib.import_module(f"{examples.__name__}.{name}"))
+
+
+def _arguments(name: str, function: Any, given: dict[str, str]) -> dict[str, Any]:
+    parameters = inspect.signature(function, eval_str=True).parameters
+    arguments: dict[str, Any] = {}
+    for parameter, value in given.items():
+        if parameter not in parameters:
+            raise DefinitionError(f"{name} has no parameter {parameter!r}.{nearest(parameter, list(parameters))} It has: {', '.join(parameters) or 'none'}")
+        kind = parameters[parameter].annotation
+        arguments[parameter] = _typed(name, parameter, value, kind)
+    return arguments
+
+
+def _typed(name: str, parameter: str, value: Any, kind: Any) -> Any:
+    if not isinstance(value, str) or kind not in (int, float, bool):
+        return value
+    try:
+        return {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+    except (ValueError, KeyError):
+        raise DefinitionError(f"{name}: --set {parameter}={value!r} is not {kind.__name__}") from None

@@ -24,15 +24,14 @@ ANSWERS = pa.schema([("view", pa.string()), ("rows", pa.int64()), ("digest", pa.
 """What a bucket answered: rows, their digest, and the greatest window_end (µs; null for Whole)."""
 
 
-@beam.typehints.with_input_types(pa.Table)
-@beam.typehints.with_output_types(tuple[int, pa.Table])
+@beam.typehints.with_output_types(tuple[int, pa.Table], dead=pa.Table, tallies=pa.Table)
 class Partial(beam.DoFn):  # type: ignore[misc]
     """Rows in, (bucket, states) out; the view's own steps come first. Tags: dead (DEAD_LETTERS), tallies (TALLY)."""
 
     def __init__(self, plan: ViewPlan, buckets: int, dimensions: tuple[str, ...], cipher: Cipher | None) -> None:
         self.plan, self.buckets, self.dimensions, self.cipher = plan, buckets, dimensions, cipher
 
-    def process(self, rows: pa.Table, *sides: pa.Table) -> Iterator[Any]:
+    def process(self, rows: pa.Table, *sides: Any) -> Iterator[Any]:
         if self.plan.chain is not None:
             outcome = self.plan.chain.run(rows, dict(zip(self.dimensions, sides, strict=True)), self.cipher)
             rows = outcome.rows
@@ -78,7 +77,7 @@ class Merge(beam.CombineFn):  # type: ignore[misc]
 
 
 @beam.typehints.with_input_types(tuple[int, pa.Table])
-@beam.typehints.with_output_types(pa.Table)
+@beam.typehints.with_output_types(pa.Table, answered=pa.Table, tallies=pa.Table)
 class Answer(beam.DoFn):  # type: ignore[misc]
     """Merged states of a bucket in, its answers out: keys, window_start, window_end, measures, states.
 
@@ -106,7 +105,7 @@ def total(states: pa.Table) -> int:
     return pa.compute.sum(states["_rows"]).as_py() or 0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Aggregate(beam.PTransform):  # type: ignore[misc]
     """A bounded PCollection of row tables (with event_time) to the answers of a view.
 

@@ -12,12 +12,10 @@ import pyarrow.compute as pc
 
 from pipelines.transforms import query
 from pipelines.transforms.chain import Chain
-from pipelines.transforms.measures import State
+from pipelines.transforms.sketches import collapse
+from pipelines.transforms.states import State
 from pipelines.transforms.windows import Window
 
-
-def collapse(t, s): return t
-def canonical(t, s): return t
 
 @dataclasses.dataclass(frozen=True)
 class ViewPlan:
@@ -57,7 +55,7 @@ class ViewPlan:
         """The answers (schema) of merged states. Every row of a key must be in this one table."""
         if not len(merged):
             return self.schema.empty_table()
-        windowed = canonical(collapse(query.run(self.windowed, {"batch": merged}), self.states), self.states)
+        windowed = collapse(query.run(self.windowed, {"batch": merged}), self.states, final=True)
         return query.run(self.result, {"batch": windowed})
 
     def within(self, answers: pa.Table, start: int | None, stop: int | None) -> pa.Table:

@@ -1,0 +1,208 @@
+"""The bounded graph of a pipeline: read, decode, dedupe, steps, views, write, and one commit at the end.
+
+Workers stage files and rows that no reader sees. The commit step looks at what every part has counted, and only if
+nothing was lost makes the tables and then the store's pointers new, each in one transaction.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import apache_beam as beam
+import pyarrow as pa
+
+from pipelines.commit import Commit, Output
+from pipelines.definition import Dimension, Pipeline
+from pipelines.io import files
+from pipelines.io.read import ReadFiles
+from pipelines.io.store import Range, open_store
+from pipelines.io.table import Between as Replaced
+from pipelines.io.table import Replace, Table, open_table
+from pipelines.io.upsert import WriteStore
+from pipelines.io.write import StageTable
+from pipelines.options import Deployment
+from pipelines.sql import Plan
+from pipelines.transforms import progress, tables
+from pipelines.transforms.aggregate import Aggregate
+from pipelines.transforms.clean import Between, Clean
+from pipelines.transforms.deadletters import DEAD_LETTERS, PURPOSE
+from pipelines.transforms.decode import Decode
+from pipelines.transforms.decoder import Decoder
+from pipelines.transforms.dedupe import Dedupe
+from pipelines.transforms.errors import DataRefused
+from pipelines.transforms.lookup import unique
+from pipelines.transforms.protect import Cipher, Key
+from pipelines.transforms.schema import RowSchema
+from pipelines.transforms.spill import Spill, partitions
+from pipelines.transforms.view import ViewPlan
+
+BUCKETS = 8
+_DAY = 86_400_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A pipeline and its places, looked at and found in order; nothing is written yet.
+
+    start, stop: µs UTC, the windows that are recomputed are those that start in [start, stop). token: names this run by
+    its definition, files and range.
+    """
+
+    pipeline: Pipeline
+    deployment: Deployment
+    plan: Plan
+    history: files.Plan
+    dimensions: dict[str, files.Plan]
+    outputs: dict[str, tuple[Table, Replace]]
+    views: tuple[ViewPlan, ...]
+    skipped: tuple[str, ...]
+    start: int | None
+    stop: int | None
+    token: str
+    schema: RowSchema
+
+
+def prepare(pipeline: Pipeline, deployment: Deployment) -> Prepared:
+    """Plans the files, opens the tables, checks what the user can mend. Raises UserError; writes nothing."""
+    plan, source = pipeline.plan(), pipeline.source
+    start, stop = (None if at is None else int(at.timestamp() * 1_000_000) for at in (deployment.from_, deployment.to))
+    ranged = start is not None or stop is not None
+    schema = dataclasses.replace(source.schema, fields=tuple(f for f in source.schema.fields if f.name in plan.columns))
+    history = files.plan(deployment.history, schema, extra=source.extra, invalid=source.invalid)
+    dimensions = {d.name: files.plan(deployment.dimensions[d.name], d.schema, invalid="stop") for d in pipeline.dimensions}
+    views = tuple(view for view in plan.views if not ranged or view.window.longest is not None)
+    outputs: dict[str, tuple[Table, Replace]] = {
+        "dead letters": (open_table(f"{deployment.dead_letters}/{pipeline.name}", DEAD_LETTERS), "nothing" if ranged else "everything")
+    }
+    if pipeline.events:
+        replaced = Replaced("event_time", start, stop) if ranged else "everything"
+        outputs["events"] = open_table(f"{deployment.warehouse}/{pipeline.name}/events", plan.chain.schema), replaced
+    for view in views:
+        replaced = Replaced("window_start", start, stop) if ranged else "everything"
+        outputs[view.name] = open_table(f"{deployment.warehouse}/{pipeline.name}/{view.name}", view.schema), replaced
+    for table, replace in outputs.values():
+        table.check(replace)
+    skipped = tuple(view.name for view in plan.views if view not in views)
+    token = _token(plan, history, dimensions, start, stop)
+    return Prepared(pipeline, deployment, plan, history, dimensions, outputs, views, skipped, start, stop, token, schema)
+
+
+def _token(plan: Plan, history: files.Plan, dimensions: dict[str, files.Plan], *bounds: int | None) -> str:
+    said = repr((plan.chain, [(v.partial, v.result) for v in plan.views], history.splits, dimensions, bounds))
+    return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
+
+
+def build(root: beam.Pipeline, run: Prepared, *, spill: Path | None = None) -> None:
+    """Puts the graph on an empty Beam pipeline. From here on the store holds a new generation, which nobody reads yet.
+
+    spill: where the one process of DirectRunner may keep rows on disk; None on engines, which shuffle them.
+    """
+    source, deployment = run.pipeline.source, run.deployment
+    cipher = Cipher(Key.load(), PURPOSE) if source.schema.personal else None
+    sides = {d.name: _dimension(root, d, run.dimensions[d.name]) for d in run.pipeline.dimensions}
+    progress.expect(run.history.rows if run.history.rows is not None else run.history.bytes)
+    read = root | "read" >> ReadFiles(run.history, distributed=spill is None)
+    decoder = Decoder(run.schema, run.pipeline.name, source.extra, source.invalid, None, cipher)
+    decoded = read.rows | "decode" >> Decode(decoder)
+    rows, dead, tallies = decoded.rows, [decoded.dead], [read.tallies, decoded.tallies]
+    if source.identities:
+        first = rows | "dedupe" >> _dedupe(run, spill, cipher)
+        rows, dead, tallies = first.rows, [*dead, first.dead], [*tallies, first.tallies]
+    clean = rows | "clean" >> Clean(run.plan.chain, _read_range(run), sides, cipher)
+    dead.append(clean.dead)
+    tallies.append(clean.tallies)
+    staged: dict[str, Iterable[beam.PCollection]] = {}
+    if run.pipeline.events:
+        staged["events"] = _stage(_inside(clean.rows, run), "events", run)
+    answered, written, generations = [], [], {}
+    for view in run.views:
+        answers = clean.rows | Aggregate(view, deployment.buckets or BUCKETS, sides, cipher, run.start, run.stop)
+        dead.append(answers["dead"])
+        tallies.append(answers["tallies"])
+        answered.append(answers["answered"])
+        staged[view.name] = _stage(answers["main"], view.name, run)
+        if deployment.store:
+            generations[view.name] = _begin(run, view)
+            name = f"{run.pipeline.name}.{view.name}"
+            write = WriteStore(deployment.store, name, generations[view.name])
+            written.append(answers["main"] | f"store {view.name}" >> beam.ParDo(write))
+    staged["dead letters"] = _stage(dead | "dead letters" >> beam.Flatten(), "dead letters", run)
+    outputs = [Output(name, table, table.next_version(), replace) for name, (table, replace) in run.outputs.items()]
+    commit = Commit(run.pipeline.name, run.token, tuple(outputs), generations, deployment, run.stop, run.skipped)
+    lists = [tallies, [clean.spans], answered, written, *([staged[output.name]] for output in outputs)]
+    gathered = [_list(root, parts, number) for number, parts in enumerate(lists)]
+    _ = root | "once" >> beam.Create([0]) | "commit" >> beam.ParDo(commit, *gathered)
+
+
+def _dedupe(run: Prepared, folder: Path | None, cipher: Cipher | None) -> Dedupe:
+    identity = run.pipeline.source.identities
+    parts = partitions(run.history.rows, run.history.bytes)
+    spill = None if folder is None else Spill(folder, identity, parts)
+    form = run.history.splits[0].format if run.history.splits else "json"
+    columns = tuple(run.schema.names)
+    return Dedupe(identity, columns, pipeline=run.pipeline.name, format=form, spill=spill, cipher=cipher)
+
+
+def _list(root: beam.Pipeline, parts: list[beam.PCollection], number: int) -> beam.pvalue.AsList:
+    tables_ = tuple(parts) | f"gather {number}" >> beam.Flatten(pipeline=root)
+    return beam.pvalue.AsList(tables_)
+
+
+def _read_range(run: Prepared) -> Between:
+    """Rows of the windows that start in the range: those of the last of them may lie behind its end."""
+    longest = max((view.window.longest or 0 for view in run.views), default=0)
+    return Between(run.pipeline.source.event_time, run.start, None if run.stop is None else run.stop + longest)
+
+
+def _inside(rows: beam.PCollection, run: Prepared) -> beam.PCollection:
+    if run.stop is None:
+        return rows
+    inside = Between("event_time", run.start, run.stop)
+    return rows | "events inside" >> beam.Map(lambda table: inside.split(table)[0]).with_output_types(pa.Table)
+
+
+def _stage(rows: beam.PCollection, name: str, run: Prepared) -> beam.PCollection:
+    table, _ = run.outputs[name]
+    return rows | f"stage {name}" >> beam.ParDo(StageTable(table, token=run.token, version=table.next_version()))
+
+
+def _begin(run: Prepared, view: ViewPlan) -> int:
+    assert run.deployment.store
+    keys = (*view.by, "window_start")
+    with open_store(run.deployment.store) as store:
+        return store.begin(f"{run.pipeline.name}.{view.name}", view.schema, keys, Range(run.start, run.stop))
+
+
+def _dimension(root: beam.Pipeline, dimension: Dimension, plan: files.Plan) -> beam.PCollection:
+    """The whole dimension as one table, its keys checked. A row that cannot be read refuses the run."""
+    read = root | f"read {dimension.name}" >> ReadFiles(plan)
+    decoded = read.rows | f"decode {dimension.name}" >> Decode(Decoder(dimension.schema, dimension.name, invalid="stop"))
+    _ = decoded.dead | f"refuse {dimension.name}" >> beam.Map(_refuse, dimension.name).with_output_types(pa.Table)
+    return decoded.rows | f"gather {dimension.name}" >> beam.CombineGlobally(_Gather(dimension)).with_output_types(pa.Table)
+
+
+def _refuse(dead: pa.Table, name: str) -> pa.Table:
+    first = dead.slice(0, 1).to_pylist()[0]
+    raise DataRefused(f"dimension {name}: {first['reason']} ({first['detail']}) in {first['source']} at {first['offset']}")
+
+
+class _Gather(beam.CombineFn):  # type: ignore[misc]
+    def __init__(self, dimension: Dimension) -> None:
+        self._name, self._key, self._from = dimension.name, dimension.key, dimension.valid_from
+        self._schema = dimension.schema.arrow
+
+    def create_accumulator(self) -> list[pa.Table]:
+        return [self._schema.empty_table()]
+
+    def add_input(self, accumulator: list[pa.Table], rows: pa.Table) -> list[pa.Table]:
+        return [*accumulator, rows.select(self._schema.names)]
+
+    def merge_accumulators(self, accumulators: Iterable[list[pa.Table]]) -> list[pa.Table]:
+        return [table for accumulator in accumulators for table in accumulator]
+
+    def extract_output(self, accumulator: list[pa.Table]) -> pa.Table:
+        return unique(self._name, self._key, self._from, pa.concat_tables(accumulator))
+
+    def get_accumulator_coder(self) -> beam.coders.Coder:
+        return tables.TABLES

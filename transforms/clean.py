@@ -1,0 +1,79 @@
+"""A chain of steps as a part of any Beam pipeline."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.transforms import query, tables  # noqa: F401  (tables registers the coder of pa.Table)
+from pipelines.transforms.chain import Chain
+from pipelines.transforms.conservation import tally
+from pipelines.transforms.protect import Cipher
+
+SPAN = pa.schema([("first", pa.int64()), ("last", pa.int64())])
+"""The least and greatest event time of some rows, µs UTC."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Between:
+    """Only rows whose event time is in [start, stop), µs UTC; the others are counted as filtered. None: open.
+
+    A row without an event time passes: refusing it is the chain's."""
+
+    event_time: str
+    start: int | None = None
+    stop: int | None = None
+
+    def split(self, rows: pa.Table) -> tuple[pa.Table, pa.Table]:
+        """The rows inside, and the tally of those outside."""
+        time = f"epoch_us(TRY({self.event_time}))"
+        bounds = ([f"{time} < {self.start}"] if self.start is not None else []) + ([f"{time} >= {self.stop}"] if self.stop is not None else [])
+        if not bounds:
+            return rows, tally("source", "filtered", 0)
+        inside = query.run(f"SELECT * FROM batch WHERE NOT coalesce({' OR '.join(bounds)}, false)", {"batch": rows})
+        return inside, tally("source", "filtered", len(rows) - len(inside), "outside --from/--to")
+
+
+@dataclasses.dataclass
+class Clean(beam.PTransform):  # type: ignore[misc]
+    """Row tables through the shared steps. Outputs, all of pa.Table: ``rows`` (the chain's schema and bookkeeping),
+    ``dead`` (DEAD_LETTERS), ``tallies`` (TALLY), ``spans`` (SPAN).
+
+    dimensions: name to a PCollection of one table. cipher: for the payloads of dead letters.
+    """
+
+    chain: Chain
+    between: Between
+    dimensions: Mapping[str, beam.PCollection] = dataclasses.field(default_factory=dict)
+    cipher: Cipher | None = None
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def expand(self, rows: beam.PCollection) -> beam.pvalue.DoOutputsTuple:
+        used = self.chain.dimensions
+        sides = [beam.pvalue.AsSingleton(self.dimensions[name]) for name in used]
+        return rows | beam.ParDo(_Clean(self.chain, self.between, used, self.cipher), *sides).with_outputs(
+            "dead", "tallies", "spans", main="rows"
+        )
+
+
+@beam.typehints.with_output_types(pa.Table, dead=pa.Table, tallies=pa.Table, spans=pa.Table)
+class _Clean(beam.DoFn):  # type: ignore[misc]
+    def __init__(self, chain: Chain, between: Between, dimensions: tuple[str, ...], cipher: Cipher | None) -> None:
+        self._chain, self._between, self._dimensions, self._cipher = chain, between, dimensions, cipher
+
+    def process(self, rows: pa.Table, *sides: Any) -> Iterator[Any]:
+        rows, outside = self._between.split(rows)
+        outcome = self._chain.run(rows, dict(zip(self._dimensions, sides, strict=True)), self._cipher)
+        for counted in (outside, outcome.tallies):
+            yield beam.pvalue.TaggedOutput("tallies", counted)
+        if len(outcome.dead):
+            yield beam.pvalue.TaggedOutput("dead", outcome.dead)
+        if len(outcome.rows):
+            ends = pc.min_max(outcome.rows["event_time"].cast(pa.int64())).as_py()
+            yield beam.pvalue.TaggedOutput("spans", pa.table([[ends["min"]], [ends["max"]]], schema=SPAN))
+            yield outcome.rows
