@@ -122,7 +122,7 @@ def run(
     from pipelines import progress, warehouse
 
     click.echo(report.head())
-    progress.last(report.usage.seconds)
+    progress.last()
     for part in (report.counts(), "", report.views(), *warehouse.sample(declared, deployment.warehouse), report.foot()):
         click.echo(part)
 

@@ -1,10 +1,10 @@
 """A run's progress on stderr: a bar on a terminal, plain lines elsewhere. Rows, rows a second, time left."""
 
 import contextlib
+import dataclasses
 import shutil
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from typing import TextIO
 
@@ -16,19 +16,19 @@ LINE_SECONDS = 5.0
 FRAME_SECONDS = 0.1
 
 
-def told(state: Progress, seconds: float) -> str:
-    """The state in words. Time left is for the reading, from the share done; without a total it is not told.
+def told(state: Progress) -> str:
+    """The state in words: rows and their rate while reading, and from the share done the time left for reading.
 
-    >>> told(Progress(rows=500_000, done=50, total=100), 2.0)
+    >>> told(Progress(rows=500_000, seconds=2.0, done=50, total=100))
     '500,000 rows · 250k rows/s · 0:02 left'
     """
-    rate = state.rows / max(seconds, 1e-9)
+    rate = state.rows / max(state.seconds, 1e-9)
     words = f"{state.rows:,} rows · {f'{rate / 1000:,.0f}k' if rate >= 1000 else f'{rate:,.0f}'} rows/s"
     if not state.total or not state.done:
         return words
     if state.done >= state.total:
         return f"{words} · all read, writing"
-    left = round(seconds * (state.total - state.done) / state.done)
+    left = round(state.seconds * (state.total - state.done) / state.done)
     return f"{words} · {left // 60}:{left % 60:02d} left"
 
 
@@ -47,12 +47,12 @@ def shown(title: str, stream: TextIO | None = None) -> Iterator[None]:
     """Shows what `pipelines.transforms.progress` counts while the block runs, and at its end one last line."""
     stream = stream or sys.stderr
     progress.expect(None)
-    start, ended = time.perf_counter(), threading.Event()
+    ended = threading.Event()
     show, every = (_frame, FRAME_SECONDS) if stream.isatty() else (_line, LINE_SECONDS)
 
     def follow() -> None:
         while not ended.wait(every):
-            show(stream, title, progress.now(), time.perf_counter() - start)
+            show(stream, title, progress.now())
 
     thread = threading.Thread(target=follow, name="progress", daemon=True)
     thread.start()
@@ -65,19 +65,18 @@ def shown(title: str, stream: TextIO | None = None) -> Iterator[None]:
             stream.write("\r\x1b[2K")
 
 
-def last(seconds: float, stream: TextIO | None = None) -> None:
+def last(stream: TextIO | None = None) -> None:
     """The last line: all that was read."""
-    state = progress.now()
-    rows = Progress(state.rows, 1, 1)
-    words = told(rows, seconds).replace("all read, writing", "0:00 left")
-    print(f"  {bar(rows)}  {words}", file=stream or sys.stderr, flush=True)
+    state = dataclasses.replace(progress.now(), done=1, total=1)
+    words = told(state).replace("all read, writing", "0:00 left")
+    print(f"  {bar(state)}  {words}", file=stream or sys.stderr, flush=True)
 
 
-def _frame(stream: TextIO, title: str, state: Progress, seconds: float) -> None:
-    text = f"{title}  {bar(state)}  {told(state, seconds)}"
+def _frame(stream: TextIO, title: str, state: Progress) -> None:
+    text = f"{title}  {bar(state)}  {told(state)}"
     stream.write("\r\x1b[2K" + text[: shutil.get_terminal_size().columns - 1])
     stream.flush()
 
 
-def _line(stream: TextIO, title: str, state: Progress, seconds: float) -> None:
-    print(f"{title}: {told(state, seconds)}", file=stream, flush=True)
+def _line(stream: TextIO, title: str, state: Progress) -> None:
+    print(f"{title}: {told(state)}", file=stream, flush=True)

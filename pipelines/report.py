@@ -110,8 +110,9 @@ class Report:
         equation = Conservation(facts["rows"], {}, {}, {}).equation()
         lines = ["", f"  {equation}   ✓"]
         rules = {name: sql for check in _checks(self.pipeline) for name, sql in check.rules}
-        for reason, rows in sorted(facts["rejected"].items(), key=lambda item: -item[1]):
-            lines.append(f"  {'rejected':9} {rows:>3,}  {reason:16} {rules.get(reason, '')}".rstrip())
+        width = max((len(f"{rows:,}") for rows in facts["rejected"].values()), default=0)
+        for reason, rows in sorted(facts["rejected"].items(), key=lambda item: (-item[1], item[0])):
+            lines.append(f"  rejected   {rows:>{width},}  {reason:16} {rules.get(reason, '')}".rstrip())
         if misses := [_miss(name, reasons) for name, reasons in sorted(facts["unmatched"].items())]:
             lines.append(f"  unmatched  {' · '.join(misses)}")
         return "\n".join(lines)

@@ -3,6 +3,7 @@
 Beam is imported when a graph is built and not before, so ``--help`` and every mistake in the flags answer at once.
 """
 
+import contextlib
 import json
 import pydoc
 import re
@@ -33,11 +34,13 @@ def run(pipeline: "Pipeline", deployment: Deployment, flags: Sequence[str] = ())
     engine = runners.named(deployment.runner)
     _prepare(deployment)
     from pipelines import graph, report
+    from pipelines.transforms.spill import spill_folder
 
     prepared = graph.prepare(pipeline, deployment)
-    with progress.shown(report.title(pipeline, deployment)):
+    disk = contextlib.nullcontext() if engine.DISTRIBUTED else spill_folder()
+    with disk as spill, progress.shown(report.title(pipeline, deployment)):
         try:
-            engine.run(lambda root: graph.build(root, prepared, distributed=engine.DISTRIBUTED), flags)
+            engine.run(lambda root: graph.build(root, prepared, spill=spill), flags)
         except Exception as error:
             if (found := mistake(error)) is None:
                 raise

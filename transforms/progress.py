@@ -5,26 +5,32 @@ Readers call `advance` once per table (an addition under a lock), so it costs no
 
 import dataclasses
 import threading
+import time
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Rows read; done of total in the plan's unit (rows where footers tell them, else bytes; total None = unknown)."""
+    """Rows read, and the seconds from `expect` to the last of them; done of total in the plan's unit.
+
+    The unit is rows where footers tell them, else bytes. total None: not known.
+    """
 
     rows: int = 0
+    seconds: float = 0.0
     done: int = 0
     total: int | None = None
 
 
 _lock = threading.Lock()
 _progress = Progress()
+_start = time.perf_counter()
 
 
 def expect(total: int | None) -> None:
     """A reader's plan: starts counting from nothing. None where the size is not known."""
-    global _progress
+    global _progress, _start
     with _lock:
-        _progress = Progress(total=total)
+        _progress, _start = Progress(total=total), time.perf_counter()
 
 
 def advance(rows: int, done: int | None = None) -> None:
@@ -32,13 +38,14 @@ def advance(rows: int, done: int | None = None) -> None:
 
     >>> expect(10)
     >>> advance(4)
-    >>> now()
-    Progress(rows=4, done=4, total=10)
+    >>> now().rows, now().done, now().total
+    (4, 4, 10)
     """
     global _progress
     with _lock:
-        before = _progress
-        _progress = Progress(before.rows + rows, before.done + (rows if done is None else done), before.total)
+        before, seconds = _progress, time.perf_counter() - _start
+        done = before.done + (rows if done is None else done)
+        _progress = Progress(before.rows + rows, seconds, done, before.total)
 
 
 def now() -> Progress:
