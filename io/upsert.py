@@ -13,7 +13,7 @@ from pipelines.io.store import Store, open_store
 WRITTEN = pa.schema([("view", pa.string()), ("rows", pa.int64()), ("newer", pa.int64())])
 """What a bundle says: rows it was given, and how many were newer than the store's (a retried bundle's are not)."""
 
-_ENOUGH = 131_072  # rows held back for one transaction
+_ENOUGH = 64 << 20  # bytes held back for one transaction: the more rows together, the fewer pages written
 
 
 @beam.typehints.with_input_types(pa.Table)
@@ -40,7 +40,7 @@ class WriteStore(beam.DoFn):  # type: ignore[misc]
 
     def process(self, rows: pa.Table, window: Any = beam.DoFn.WindowParam) -> None:
         self._rows.append(rows)
-        self._waiting += rows.num_rows
+        self._waiting += rows.nbytes
         self._done.setdefault(window, [0, 0])[0] += rows.num_rows
         if self._waiting >= _ENOUGH:
             self._flush(window)
