@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ class DefinitionError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Expression:
-    """A checked expression: its text, DuckDB type, and the columns it reads."""
+    """A checked expression: its text with columns quoted where they are SQL keywords, DuckDB type, columns it reads."""
 
     sql: str
     type: str
@@ -46,7 +47,7 @@ def check(sql: str, columns: Mapping[str, str], where: str) -> Expression:
 @functools.lru_cache(maxsize=4096)
 def _check(sql: str, columns: tuple[tuple[str, str], ...], where: str) -> Expression:
     known = dict(columns)
-    root = _parse(sql, where)
+    sql, root = _parse(sql, known, where)
     used: set[str] = set()
     for node, bound in _walk(root, frozenset()):
         _refuse(node, sql, where)
@@ -61,20 +62,42 @@ def _check(sql: str, columns: tuple[tuple[str, str], ...], where: str) -> Expres
     return Expression(sql, _type(sql, known, where), frozenset(used))
 
 
-def _parse(sql: str, where: str) -> dict[str, Any]:
-    answer = query.cursor().execute("SELECT json_serialize_sql($1)", [_SELECT + sql]).fetchone()
-    tree = json.loads(answer[0]) if answer else {"error": True, "error_message": "no answer"}
+def _parse(sql: str, known: Mapping[str, str], where: str) -> tuple[str, dict[str, Any]]:
+    """The text and its tree. A column that is named as a keyword (``at``) is quoted where the text needs it."""
+    tree = _tree(sql)
     if tree["error"]:
-        at = int(tree.get("position") or len(_SELECT)) - len(_SELECT)
-        raise DefinitionError(_mark(sql, max(0, at), 1, where, tree["error_message"]))
+        quoted = _quoted(sql, known)
+        again = _tree(quoted)
+        if again["error"]:
+            at = int(tree.get("position") or len(_SELECT)) - len(_SELECT)
+            raise DefinitionError(_mark(sql, max(0, at), 1, where, tree["error_message"]))
+        sql, tree = quoted, again
     node = tree["statements"][0]["node"]
     plain = node.get("type") == "SELECT_NODE" and len(node["select_list"]) == 1 and len(tree["statements"]) == 1
     extras = ("where_clause", "group_expressions", "having", "qualify", "modifiers", "sample")
     if not plain or node["from_table"]["type"] != "EMPTY" or any(node.get(key) for key in extras):
         raise DefinitionError(f"{where}:\n  {sql}\n  expected one expression over a row's columns, not a query")
     if node["select_list"][0].get("alias"):
-        raise DefinitionError(f"{where}:\n  {sql}\n  an expression takes no alias ({node['select_list'][0]['alias']!r})")
-    return node["select_list"][0]  # type: ignore[no-any-return]
+        raise DefinitionError(
+            f"{where}:\n  {sql}\n  an expression takes no alias ({node['select_list'][0]['alias']!r})"
+        )
+    return sql, node["select_list"][0]
+
+
+def _tree(sql: str) -> dict[str, Any]:
+    answer = query.cursor().execute("SELECT json_serialize_sql($1)", [_SELECT + sql]).fetchone()
+    return json.loads(answer[0]) if answer else {"error": True, "error_message": "no answer"}
+
+
+def _quoted(sql: str, known: Mapping[str, str]) -> str:
+    """The text with every keyword in it that names a column quoted."""
+    text, columns = sql.encode(), {name.lower(): name for name in known}
+    for at, kind in reversed(duckdb.tokenize(sql)):
+        word = re.match(rb"\w*", text[at:])
+        column = columns.get(word[0].decode(errors="replace").lower()) if word else None
+        if kind == duckdb.token_type.keyword and word and column:
+            text = text[:at] + quote(column).encode() + text[at + word.end() :]
+    return text.decode()
 
 
 def _walk(node: Any, bound: frozenset[str]) -> Iterator[tuple[dict[str, Any], frozenset[str]]]:
@@ -169,4 +192,10 @@ def _underline(sql: str, node: Mapping[str, Any], where: str, message: str) -> s
 
 
 def _mark(sql: str, at: int, length: int, where: str, message: str) -> str:
-    return f"{where}:\n  {sql}\n  {' ' * at}{'^' * max(1, min(length, len(sql) - at))} {message}"
+    """The line of the text that byte ``at`` is in, with ``length`` bytes underlined."""
+    text = sql.encode()
+    begin, stop = (len(text[:to].decode(errors="ignore")) for to in (at, at + length))
+    start = sql.rfind("\n", 0, begin) + 1
+    line = sql[start:].split("\n")[0]
+    marks = "^" * max(1, min(stop, start + len(line)) - begin)
+    return f"{where}:\n  {line}\n  {' ' * (begin - start)}{marks} {message}"
