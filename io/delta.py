@@ -218,11 +218,11 @@ class Delta:
         return Folder(self.uri)
 
     def _load(self) -> deltalake.DeltaTable | None:
+        if self._folder.local is not None and self._folder.local.is_file():
+            raise UserError(f"table {self.uri}: it is a file, and a table is a folder. Name another place")
         try:
             table = deltalake.DeltaTable(self.uri)
         except TableNotFoundError:
-            if self._folder.local is not None and self._folder.local.is_file():
-                raise UserError(f"table {self.uri}: it is a file; a table is a folder. Name another place") from None
             return None
         except (DeltaError, OSError) as error:
             raise self._folder.told(error) from error
@@ -333,7 +333,13 @@ def _remove(file: dict[str, Any]) -> RemoveAction:
 
 def _files(table: deltalake.DeltaTable) -> list[dict[str, Any]]:
     """The table's files with their statistics: path, size_bytes, null_count.x, min.x, max.x."""
-    return pa.table(table.get_add_actions(flatten=True)).to_pylist()  # type: ignore[no-any-return]
+    files: list[dict[str, Any]] = pa.table(table.get_add_actions(flatten=True)).to_pylist()
+    for file in files:
+        for name, value in file.items():
+            # Other writers cut times to milliseconds, so the greatest may be up to 999 µs later than it says.
+            if name.startswith("max.") and isinstance(value, datetime.datetime) and value.microsecond % 1000 == 0:
+                file[name] = value + datetime.timedelta(microseconds=999)
+    return files
 
 
 def _commits(table: deltalake.DeltaTable) -> Iterator[Commit]:
