@@ -45,7 +45,7 @@ def run(pipeline: "Pipeline", deployment: Deployment, flags: Sequence[str] = ())
             if (found := mistake(error)) is None:
                 raise
             raise found from error
-    facts = cast(report.Facts, json.loads(_read(deployment.facts)))
+    facts = cast("report.Facts", json.loads(_taken(deployment.facts)))
     done = report.Report(pipeline, deployment, facts, report.Usage.since(start))
     _write(deployment.report, done.json() + "\n")
     return done
@@ -99,11 +99,13 @@ def _prepare(deployment: Deployment) -> None:
         raise UserError(f"--report={deployment.report}: cannot be written: {error}") from None
 
 
-def _read(uri: str) -> str:
+def _taken(uri: str) -> str:
     import fsspec
 
-    with fsspec.open(uri, "rt", encoding="utf-8") as file:
-        return cast(str, file.read())
+    files, path = fsspec.url_to_fs(uri)
+    text = files.cat_file(path).decode()
+    files.rm(path)
+    return cast(str, text)
 
 
 def _write(uri: str, text: str) -> None:
