@@ -165,7 +165,7 @@ def test_a_killed_run_is_made_good_by_its_rerun(
 # Rivals
 
 
-def interrupted(monkeypatch: pytest.MonkeyPatch, *, before: Callable[[], None], times: int = 1) -> None:
+def interrupted(monkeypatch: pytest.MonkeyPatch, *, before: Callable[[], object], times: int = 1) -> None:
     """Let something happen between a commit's look at the table and its write."""
     write, left = deltalake.DeltaTable.create_write_transaction, [times]
 
@@ -218,7 +218,12 @@ def test_without_an_end_to_the_rivals_it_gives_up(table: Delta, monkeypatch: pyt
 
 def test_two_that_create_the_table_at_once(table: Delta, monkeypatch: pytest.MonkeyPatch) -> None:
     mine, load = stage(table, rows(1)), Delta._load
-    monkeypatch.setattr(Delta, "_load", lambda self: monkeypatch.undo() or foreign(table, 2))
+
+    def nothing_yet(_: Delta) -> None:
+        monkeypatch.undo()
+        foreign(table, 2)
+
+    monkeypatch.setattr(Delta, "_load", nothing_yet)
     assert table.commit(mine, token="run", version=1, replace="nothing").version == 1
     assert Delta._load is load
     assert content(table) == [(1, 0), (2, 9)]

@@ -59,11 +59,8 @@ def test_a_pipeline_stages_every_row_in_one_file_a_bundle(table: Table) -> None:
 
 
 def test_equal_rows_from_other_places_are_all_kept(table: Table) -> None:
-    staged = [
-        *bundle(table, rows("a.csv", 0, 7, 7)),
-        *bundle(table, rows("a.csv", 2, 7, 7)),
-        *bundle(table, rows("b.csv", 0, 7, 7)),
-    ]
+    bundles = [rows("a.csv", 0, 7, 7), rows("a.csv", 2, 7, 7), rows("b.csv", 0, 7, 7)]
+    staged = [file for one in bundles for file in bundle(table, one)]
     commit(table, staged)
     assert table.dataset().to_table()["v"].to_pylist() == [7] * 6
 
