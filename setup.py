@@ -31,6 +31,7 @@ EXTRAS["dev"] = [
     "pytest>=8.4",
     "pytest-timeout>=2.3",
     "ruff>=0.11",
+    "setuptools>=77",
     "uv>=0.6",
     *EXTRAS["examples"],
 ]
