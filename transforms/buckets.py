@@ -131,14 +131,13 @@ def _integers(values: pa.Array) -> Hashes:
     elif pa.types.is_boolean(kind):
         values = values.cast(pa.uint8())
     found = values.fill_null(0).to_numpy(zero_copy_only=False)
-    wide = found if found.dtype == np.uint64 else found.astype(np.int64)
-    return wide.view(np.uint64).copy()
+    wide: Hashes = (found if found.dtype == np.uint64 else found.astype(np.int64)).view(np.uint64)
+    return wide.copy()
 
 
 def _floats(values: pa.Array) -> Hashes:
-    found = (
-        values.cast(pa.float64()).fill_null(0.0).to_numpy(zero_copy_only=False) + 0.0
-    )  # a copy, in which -0.0 is 0.0
+    plain = values.cast(pa.float64()).fill_null(0.0).to_numpy(zero_copy_only=False)
+    found: npt.NDArray[np.float64] = plain + 0.0  # a copy, in which -0.0 is 0.0
     found[np.isnan(found)] = np.nan
     return found.view(np.uint64)
 
