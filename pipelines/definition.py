@@ -187,10 +187,7 @@ def load(path_or_name: str, **parameters: str) -> Pipeline:
     Parameters given as text become the type of the function's annotation (int, float, bool, str). Raises DefinitionError.
     """
     path, _, attribute = path_or_name.partition(":")
-    if path.endswith(".py"):
-        namespace = _executed(path)
-    else:
-        namespace, attribute = _builtin(path), attribute or path
+    namespace, attribute = module(path_or_name), attribute or path
     found = namespace.get(attribute)
     if found is None:
         made = [name for name, value in namespace.items() if isinstance(value, Pipeline)]
@@ -202,6 +199,12 @@ def load(path_or_name: str, **parameters: str) -> Pipeline:
     if not isinstance(found, Pipeline):
         raise DefinitionError(f"{path_or_name} is {type(found).__name__}, not a Pipeline")
     return found
+
+
+def module(path_or_name: str) -> dict[str, Any]:
+    """What the module of a definition holds: ``path/to/file.py`` or a built-in name, ``:object`` or not."""
+    path = path_or_name.partition(":")[0]
+    return _executed(path) if path.endswith(".py") else _builtin(path)
 
 
 def _executed(path: str) -> dict[str, Any]:
