@@ -7,11 +7,11 @@ user's mistake (a line on stderr), 3 data refused.
 
 import datetime
 import difflib
-import importlib
 import logging
 import pkgutil
 import sys
 import tomllib
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -140,6 +140,26 @@ def check(pipelines: Sequence[str], parameters: Sequence[tuple[str, str]]) -> No
         click.echo(f"{declared.name}: fine. Steps: {len(declared.steps)}. Views: {views}")
 
 
+@cli.command(context_settings=_CONTEXT)
+@_PIPELINE
+def test(pipelines: Sequence[str]) -> None:
+    """Run the tests that stand beside definitions: functions test_… of their modules."""
+    from pipelines import definition
+
+    failed = 0
+    for path in pipelines:
+        module = definition.module(path)
+        found = [(name, function) for name, function in module.items() if name.startswith("test_")]
+        for name, function in found:
+            fault = _fault(function)
+            failed += bool(fault)
+            click.echo(f"{path}: {name[5:].replace('_', ' ')}: {fault or 'ok'}")
+        if not found:
+            click.echo(f"{path}: no tests beside it; write functions test_… with pipelines.testing")
+    if failed:
+        raise UserError(f"{failed} failed")
+
+
 @cli.command(name="list", context_settings=_CONTEXT)
 def list_() -> None:
     """List the built-in definitions."""
@@ -174,20 +194,23 @@ def _passed(context: click.Context) -> list[str]:
 
 
 def _deployment(name: str, declared: Any, places: dict[str, Any]) -> options.Deployment:
-    """The places as given, and where a built-in example's own data is if none are given."""
-    history, dimensions = _embedded(name)
-    given = {**dimensions, **dict(places.pop("dimensions"))}
-    known = [dimension.name for dimension in declared.dimensions]
+    """The places as given; of a built-in example also where its own data is: HISTORY and DIMENSIONS of its module."""
+    from pipelines import definition
+
+    module = {} if ":" in name else definition.module(name)
+    known, given = [dimension.name for dimension in declared.dimensions], dict(places.pop("dimensions"))
     for dimension in given:
         if dimension not in known:
-            raise UserError(
-                f"--dimension {dimension}=…: {declared.name} has no such dimension.{_near(dimension, known)}"
-            )
+            raise UserError(f"--dimension {dimension}=…: not looked up by {declared.name}.{_near(dimension, known)}")
     if missing := [dimension for dimension in known if dimension not in given]:
-        raise UserError(f"{declared.name} looks up {missing[0]}: say where it is with --dimension {missing[0]}=URI")
-    places["history"] = places["history"] or history
+        embedded = module["DIMENSIONS"]() if "DIMENSIONS" in module else {}
+        if lacking := [dimension for dimension in missing if dimension not in embedded]:
+            raise UserError(f"{declared.name} looks up {lacking[0]}: say where it is with --dimension {lacking[0]}=URI")
+        given.update({dimension: embedded[dimension] for dimension in missing})
     if not places["history"]:
-        raise UserError(f"{declared.name}: say what to read with --history=URI (a path, a glob, s3:// or gs://)")
+        if "HISTORY" not in module:
+            raise UserError(f"{declared.name}: say what to read with --history=URI (a path, a glob, s3:// or gs://)")
+        places["history"] = module["HISTORY"]()
     if places["store"] == "none":
         places["store"] = None
     expanded: dict[str, Any] = {
@@ -196,13 +219,15 @@ def _deployment(name: str, declared: Any, places: dict[str, Any]) -> options.Dep
     return options.Deployment(dimensions={key: options.expand(uri) for key, uri in given.items()}, **expanded)
 
 
-def _embedded(name: str) -> tuple[str | None, dict[str, str]]:
-    """Where the data of a built-in example is: what its module offers as HISTORY and DIMENSIONS."""
-    if not name.isidentifier():
-        return None, {}
-    module = importlib.import_module(f"{examples.__name__}.{name}")
-    history, dimensions = getattr(module, "HISTORY", None), getattr(module, "DIMENSIONS", dict)
-    return history() if history else None, dimensions()
+def _fault(test: Callable[[], None]) -> str:
+    """Why a test fails: the place and the words of what it raises; nothing if it passes."""
+    try:
+        test()
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[1:2]
+        where = "".join(f"{Path(frame.filename).name}:{frame.lineno}: {frame.line}: " for frame in place)
+        return f"FAILED {where}{type(error).__name__} {error}".rstrip()
+    return ""
 
 
 def _near(name: str, names: Sequence[str]) -> str:

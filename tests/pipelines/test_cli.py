@@ -40,10 +40,20 @@ def readings(most: int = 100) -> Pipeline:
     )
 
 def roomy() -> Pipeline:
-    return Pipeline("roomy", source=Source(Reading, event_time="seen"), steps=(Lookup(rooms, on="sensor", take="room"),),
-                    views=(View("by_room", by="room", n=Count()),))
+    return Pipeline(
+        "roomy",
+        source=Source(Reading, event_time="seen"),
+        steps=(Lookup(rooms, on="sensor", take="room"),),
+        views=(View("by_room", by="room", n=Count()),),
+    )
 
 broken = 1
+
+def test_a_reading_counts():
+    assert readings().name == "readings"
+
+def test_a_miracle():
+    assert readings().name == "miracle"
 """
 ROWS = """sensor,seen,celsius
 a,2024-01-01T00:10:00Z,10
@@ -221,6 +231,16 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_2(call: Call, arguments: list[
     assert told in done.err
     assert done.err.count("\n") == 1
     assert not done.err.startswith("Traceback")
+
+
+def test_the_tests_beside_a_definition_run(call: Call) -> None:
+    done = call("test", "defs.py")
+    assert done.code == 2
+    passed, failed = done.out.splitlines()
+    assert passed == "defs.py: a reading counts: ok"
+    assert failed.startswith("defs.py: a miracle: FAILED defs.py:")
+    assert 'assert readings().name == "miracle": AssertionError' in failed
+    assert done.err == "pipelines: 1 failed\n"
 
 
 def test_secrets_never_reach_the_terminal(call: Call) -> None:
