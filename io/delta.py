@@ -225,7 +225,7 @@ class Delta:
         except TableNotFoundError:
             return None
         except (DeltaError, OSError) as error:
-            raise self._folder.told(error) from error
+            raise self._folder.unreachable(error) from error
         if foreign := _foreign(table):
             raise UserError(f"table {self.uri}: has {foreign}, so another program made it. Name another place")
         return table

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Iterator
@@ -66,6 +67,15 @@ class Folder:
         codes = {code} | {number for number in _TOLD if f"(os error {number})" in said}
         reason = next((_TOLD[number] for number in codes if number in _TOLD), None)
         return error if reason is None else UserError(f"table {self.uri}: {reason}, and run again")
+
+    def unreachable(self, error: Exception) -> Exception:
+        """Why it could not be opened: of an object store, what its own answer was."""
+        if self.local is not None:
+            return self.told(error)
+        said = " ".join(re.sub(r"\x1b\[\d*m|↳", "", str(error)).split())[:300]
+        return UserError(
+            f"table {self.uri}: check its name, and the keys and endpoint in the environment. It said: {said}"
+        )
 
 
 _TOLD = {

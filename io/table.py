@@ -20,6 +20,8 @@ from typing import Literal, Protocol
 import pyarrow as pa
 import pyarrow.dataset as pads
 
+from pipelines.transforms.errors import UserError
+
 STAGED = pa.schema(
     [
         pa.field("path", pa.string(), nullable=False),
@@ -124,4 +126,9 @@ def open_table(uri: str, schema: pa.Schema | None = None) -> Table:
     """
     from pipelines.io.delta import Delta
 
+    scheme, separator, _ = uri.partition("://")
+    if separator and scheme not in ("file", "s3", "gs"):
+        raise UserError(
+            f"table {uri}: no system {scheme!r} is known. A table is a local folder, file://, s3:// or gs://"
+        )
     return Delta.open(uri, schema)

@@ -20,7 +20,7 @@ from deltalake.transaction import AddAction
 
 from pipelines.io import parquet
 from pipelines.io.delta import Delta
-from pipelines.io.table import Between, Commit, Replace
+from pipelines.io.table import Between, Commit, Replace, open_table
 from pipelines.transforms.errors import UserError
 
 SCHEMA = pa.schema([("t", pa.timestamp("us", tz="UTC")), ("v", pa.int64())])
@@ -387,6 +387,20 @@ def test_a_table_that_is_not_there_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is none"):
         Delta.open(str(tmp_path / "none"))
     assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_system_is_refused() -> None:
+    with pytest.raises(UserError, match="no system 'iceberg' is known"):
+        open_table("iceberg://warehouse/x", SCHEMA)
+
+
+def test_an_object_store_that_refuses_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError("Generic S3 error\n   \x1b[31m↳\x1b[0m status 404")
+
+    monkeypatch.setattr(deltalake, "DeltaTable", refuse)
+    with pytest.raises(UserError, match=r"^table s3://b/x: check its name, .* It said: Generic S3 error status 404$"):
+        open_table("s3://b/x")
 
 
 def test_a_file_uri_and_a_path_are_the_same_place(tmp_path: Path) -> None:
