@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
@@ -29,12 +28,12 @@ class Dedupe(beam.PTransform):  # type: ignore[misc]
     The first row of an identity in (_source, _offset) order wins, on every engine and however the tables are cut. A
     later row that says the same in ``columns`` is a duplicate; one that says something else is a conflict.
 
-    folder: where rows are spilled in hash partitions, of which about 128 MB are in memory at a time: for DirectRunner,
-    which would hold all that it shuffles in memory (a ``spill_folder``). None: a shuffle of the rows, of which a worker
-    holds one partition at a time (Flink, Spark, Dataflow). A rerun of a bundle changes nothing.
+    spill: hash partitions of the same identity on this machine's disk, of which about 128 MB are in memory at a time:
+    for DirectRunner, which would hold all that it shuffles in memory. None: a shuffle of the rows to ``buckets``
+    buckets, of which a worker holds one at a time (Flink, Spark, Dataflow). A rerun of a bundle changes nothing.
 
     >>> rows = pa.table({"id": [1, 1, 2], "_source": pa.array(["a"] * 3).dictionary_encode(), "_offset": [0, 1, 2]})
-    >>> dedupe = Dedupe(("id",), ("id",), pipeline="calls", format="csv", partitions=1)
+    >>> dedupe = Dedupe(("id",), ("id",), pipeline="calls", format="csv", buckets=1)
     >>> with beam.Pipeline("FnApiRunner") as pipeline:
     ...     once = pipeline | beam.Create([rows]) | dedupe
     ...     _ = once.rows | beam.Map(lambda table: print(table["_offset"].to_pylist()))
@@ -46,22 +45,23 @@ class Dedupe(beam.PTransform):  # type: ignore[misc]
     _: dataclasses.KW_ONLY
     pipeline: str
     format: str
-    folder: Path | None = None
-    partitions: int = 64
+    spill: Spill | None = None
+    buckets: int = 64
     cipher: Cipher | None = None
 
     def __post_init__(self) -> None:
         super().__init__()
+        if self.spill is not None and self.spill.identity != self.identity:
+            raise ValueError(f"rows spilled by {self.spill.identity} cannot be compared by {self.identity}")
 
     def expand(self, rows: beam.PCollection) -> Any:
         once = _Once(self.identity, self.columns, self.pipeline, self.format, self.cipher)
-        if self.folder is None:
-            shares = rows | "split" >> beam.ParDo(_Split(self.identity, self.partitions))
+        if self.spill is None:
+            shares = rows | "split" >> beam.ParDo(_Split(self.identity, self.buckets))
             part = beam.ParDo(_Bucket(once))
         else:
-            spill = Spill(self.folder, self.identity, self.partitions)
-            shares = rows | "spill" >> beam.ParDo(_Spill(spill))
-            part = beam.ParDo(_Partitions(once, spill))
+            shares = rows | "spill" >> beam.ParDo(_Spill(self.spill))
+            part = beam.ParDo(_Partitions(once, self.spill))
         part = part.with_output_types(pa.Table, dead=pa.Table, tallies=pa.Table)
         return shares | beam.GroupByKey() | "once" >> part.with_outputs("dead", "tallies", main="rows")
 

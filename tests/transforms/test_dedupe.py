@@ -12,7 +12,7 @@ from apache_beam.testing.util import assert_that
 
 from pipelines.transforms.conservation import merge
 from pipelines.transforms.dedupe import Dedupe
-from pipelines.transforms.spill import spill_folder
+from pipelines.transforms.spill import Spill, spill_folder
 
 SCHEMA = pa.schema(
     {"id": pa.string(), "x": pa.int64(), "_source": pa.dictionary(pa.int32(), pa.string()), "_offset": pa.int64()}
@@ -20,7 +20,8 @@ SCHEMA = pa.schema(
 
 
 def dedupe(folder: Path | None, n: int = 8) -> Dedupe:
-    return Dedupe(("id",), ("id", "x"), pipeline="p", format="parquet", folder=folder, partitions=n)
+    spill = None if folder is None else Spill(folder, ("id",), n)
+    return Dedupe(("id",), ("id", "x"), pipeline="p", format="parquet", spill=spill, buckets=n)
 
 
 def same(expected: Any, seen: Callable[[list[pa.Table]], Any]) -> Callable[[list[pa.Table]], None]:
@@ -96,6 +97,11 @@ def test_every_collection_has_a_declared_coder(folder: Path | None) -> None:
         coder = context.coders.get_by_id(proto.components.pcollections[identity].coder_id)
         for one in coders(coder):
             assert not isinstance(one, FastPrimitivesCoder | PickleCoder), (identity, coder)
+
+
+def test_rows_cannot_be_spilled_by_one_identity_and_compared_by_another(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be compared"):
+        Dedupe(("id",), ("id", "x"), pipeline="p", format="json", spill=Spill(tmp_path, ("x",), 1))
 
 
 def test_beam_has_nothing_to_warn_of(folder: Path | None, caplog: pytest.LogCaptureFixture) -> None:
