@@ -5,13 +5,14 @@ Nothing here runs over data; types and errors are DuckDB's own, asked for over e
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipelines.transforms import query
 from pipelines.transforms.chain import Chain
-from pipelines.transforms.expressions import DefinitionError, arrow_types, check, quote
-from pipelines.transforms.measures import Measure, State
+from pipelines.transforms.expressions import DefinitionError, arrow_types, check, quote, underlined
+from pipelines.transforms.measures import Measure
 from pipelines.transforms.stage import Builder, Rule, Scope
+from pipelines.transforms.states import State
 from pipelines.transforms.view import ViewPlan
 from pipelines.transforms.windows import Session, floor_sql
 
@@ -60,18 +61,18 @@ def _event_time(to: Builder, sql: str) -> None:
     found = to.check(sql, TIME)
     code = to.reason("null event time", sql)
     sources = to.scope.sources(found)
-    to.select({"event_time": sql}, [(sql, Rule(f"({sql}) IS NULL", code, code))])
+    to.select({"event_time": found.sql}, [(found.sql, Rule(f"({found.sql}) IS NULL", code, code))])
     to.scope.put("event_time", TIME, sources)
     if sql in found.columns:
         to.alias(sql)
 
 
 def _steps(to: Builder, owner: "Pipeline | View") -> None:
-    pipeline, *view = to.pipeline, *((f" of view {owner.name!r}",) if to.part.startswith("view:") else ())
+    of = f" of view {owner.name!r}" if to.part.startswith("view:") else ""
     for number, step in enumerate(owner.steps, 1):
         to.changed()
-        to.label = f"step {number} ({step.label}){''.join(view)}"
-        to.where = f"pipeline {pipeline!r}, {to.label}, {step.at}"
+        to.label = f"step {number} ({step.label}){of}"
+        to.where = f"pipeline {to.pipeline!r}, {to.label}, {step.at}"
         step.build(to)
 
 
@@ -81,7 +82,9 @@ def _view(pipeline: "Pipeline", view: "View", scope: Scope) -> tuple[ViewPlan, L
     chain = to.chain(shared=False) if view.steps else None
     to.where = f"pipeline {pipeline.name!r}, view {view.name!r}, {view.at}"
     keys = {to.column(name): to.scope.types[name] for name in view.by}
-    lineage = {name: to.scope.lineage[name] for name in view.by} | dict.fromkeys(("window_start", "window_end"), to.scope.lineage["event_time"])
+    lineage = {name: to.scope.lineage[name] for name in view.by} | dict.fromkeys(
+        ("window_start", "window_end"), to.scope.lineage["event_time"]
+    )
     measures: list[_Measured] = []
     answers = keys | dict.fromkeys(("window_start", "window_end"), TIME)
     for name, measure in view.measures:
@@ -111,15 +114,20 @@ class _Measured:
 def _measure(name: str, measure: Measure | str, to: Builder, answers: dict[str, str]) -> _Measured:
     if isinstance(measure, str):
         found = check(measure, answers, to.where)
-        return _Measured(name, f"TRY({measure})", found.type, derived=True, columns=found.columns)
-    read = [to.check(measure.expr)] if measure.expr is not None else []
-    kind = read[0].type if read else ""
+        return _Measured(name, f"TRY({found.sql})", found.type, derived=True, columns=found.columns)
+    texts = {name: getattr(measure, name, None) for name in ("expr", "where")}
+    value, where = (
+        None if sql is None else to.check(sql, kind)
+        for sql, kind in zip(texts.values(), (None, "BOOLEAN"), strict=True)
+    )
+    kind = value.type if value else ""
     problem = measure.check(kind)
     if problem:
-        raise DefinitionError(f"{to.where}: {problem}")
-    read += [to.check(measure.where, "BOOLEAN")] if measure.where is not None else []
+        raise DefinitionError(f"{to.where}: {problem}" if value is None else underlined(value.sql, to.where, problem))
+    checked: dict[str, Any] = {name: found.sql for name, found in zip(texts, (value, where), strict=True) if found}
+    measure = dataclasses.replace(measure, **checked)
     states = measure.states(kind)
-    sources = to.scope.sources(*read)
+    sources = to.scope.sources(*(read for read in (value, where) if read))
     return _Measured(name, measure.result(kind), measure.type(kind), states, measure.exact(kind), sources=sources)
 
 
@@ -130,8 +138,12 @@ def _plan(view: "View", chain: Chain | None, scope: Scope, measures: list[_Measu
     place = ["_start", "_last"] if isinstance(view.window, Session) else ["_tile"]
     partial = _partial(view, keys, states)
     merge = _merge(view, keys, states)
-    held = keys + [f"{name}::BIGINT AS {name}" for name in place] + ["_rows"] + [f"{name}::{kind} AS {name}" for name, kind in columns.items()]
-    partial = f"SELECT {', '.join(held)} FROM (\n{partial})"
+    cells = ["_rows", *(f"{name}::{kind} AS {name}" for name, kind in columns.items())]
+    held = [*keys, *(f"{name}::BIGINT AS {name}" for name in place), *cells]
+    first = (
+        held if isinstance(view.window, Session) else [*keys, f"{view.window.tile_start_sql('_tile')} AS _tile", *cells]
+    )
+    partial = f"SELECT {', '.join(first)} FROM (\n{partial})"
     schema = query.run(f"{partial} LIMIT 0", {"batch": scope.arrow.empty_table()}).schema
     result = _result(view, keys, list(columns), measures)
     answers = query.run(_windowed(view, keys, states), {"batch": schema.empty_table()}).schema
@@ -153,21 +165,28 @@ def _plan(view: "View", chain: Chain | None, scope: Scope, measures: list[_Measu
 
 
 def _partial(view: "View", keys: list[str], states: tuple[State, ...]) -> str:
-    aggregates = ["count(*)::BIGINT AS _rows", *(f"{sql} AS {name}" for state in states for name, sql in state.partial("_t").items())]
+    aggregates = [
+        "count(*)::BIGINT AS _rows",
+        *(f"{sql} AS {name}" for state in states for name, sql in state.partial("_t").items()),
+    ]
     rows = "(SELECT *, epoch_us(event_time) AS _t FROM batch)"
     if not isinstance(view.window, Session):
         tile = f"{view.window.tile_sql('_t')} AS _tile"
         return f"SELECT {', '.join([*keys, tile, *aggregates])}\nFROM {rows} GROUP BY ALL"
     millis = floor_sql("_t", 1000)
     rows = view.window.islands_sql(f"(SELECT *, {millis} AS _start, {millis} AS _last FROM {rows})", tuple(keys))
-    return _grouped([*keys, "min(_start) AS _start", "max(_last) AS _last", *aggregates], f"({rows})", [*keys, "_island"])
+    return _grouped(
+        [*keys, "min(_start) AS _start", "max(_last) AS _last", *aggregates], f"({rows})", [*keys, "_island"]
+    )
 
 
 def _merge(view: "View", keys: list[str], states: tuple[State, ...]) -> str:
     if not isinstance(view.window, Session):
         return _grouped([*keys, "_tile", *_merges(states)], "batch", [*keys, "_tile"])
     rows = view.window.islands_sql("batch", tuple(keys))
-    return _grouped([*keys, "min(_start) AS _start", "max(_last) AS _last", *_merges(states)], f"({rows})", [*keys, "_island"])
+    return _grouped(
+        [*keys, "min(_start) AS _start", "max(_last) AS _last", *_merges(states)], f"({rows})", [*keys, "_island"]
+    )
 
 
 def _windowed(view: "View", keys: list[str], states: tuple[State, ...]) -> str:
@@ -177,12 +196,21 @@ def _windowed(view: "View", keys: list[str], states: tuple[State, ...]) -> str:
     kinds = {name: kind for state in states for name, kind in state.columns().items()}
     if view.window.overlapping:
         windows = f"({_grouped([*group, *_merges(states)], windows, group)})"
-    columns = [*keys, "make_timestamptz(window_start) AS window_start", "make_timestamptz(window_end) AS window_end", "_rows"]
-    return f"SELECT {', '.join([*columns, *(f'{name}::{kind} AS {name}' for name, kind in kinds.items())])}\nFROM {windows}"
+    columns = [
+        *keys,
+        "make_timestamptz(window_start) AS window_start",
+        "make_timestamptz(window_end) AS window_end",
+        "_rows",
+    ]
+    columns += [f"{name}::{kind} AS {name}" for name, kind in kinds.items()]
+    return f"SELECT {', '.join(columns)}\nFROM {windows}"
 
 
 def _merges(states: tuple[State, ...]) -> list[str]:
-    return ["sum(_rows)::BIGINT AS _rows", *(f"{sql} AS {name}" for state in states for name, sql in state.merge().items())]
+    return [
+        "sum(_rows)::BIGINT AS _rows",
+        *(f"{sql} AS {name}" for state in states for name, sql in state.merge().items()),
+    ]
 
 
 def _grouped(columns: list[str], rows: str, group: list[str]) -> str:
@@ -191,21 +219,28 @@ def _grouped(columns: list[str], rows: str, group: list[str]) -> str:
 
 def _result(view: "View", keys: list[str], columns: list[str], measures: list[_Measured]) -> str:
     """Answers from the states of windows: the measures, then each SQL measure over those before it."""
-    aggregates = [f"({m.sql})::{m.type} AS {quote(m.name)}" for m in measures if not m.derived]
-    ctes = [f"SELECT *{''.join(', ' + aggregate for aggregate in aggregates)} FROM batch"]
-    ctes += [f"SELECT *, ({m.sql})::{m.type} AS {quote(m.name)} FROM v{{}}" for m in measures if m.derived]
-    texts = ",\n".join(f"v{n} AS ({cte.format(n - 1)})" for n, cte in enumerate(ctes))
+    cells = [f"({m.sql})::{m.type} AS {quote(m.name)}" for m in measures if not m.derived]
+    ctes = [f"SELECT {', '.join(['*', *cells])} FROM batch"]
+    for m in measures:
+        if m.derived:
+            ctes.append(f"SELECT *, ({m.sql})::{m.type} AS {quote(m.name)} FROM v{len(ctes) - 1}")
+    texts = ",\n".join(f"v{n} AS ({cte})" for n, cte in enumerate(ctes))
     named = [*keys, "window_start", "window_end", *(quote(m.name) for m in measures), "_rows", *columns]
     return f"WITH {texts}\nSELECT {', '.join(named)} FROM v{len(ctes) - 1}"
 
 
 def _digest(view: "View", measures: list[_Measured]) -> str:
-    """An order-independent 64-bit hash: the sum of MD5s of rows, each as JSON of keys, window and exact measures."""
+    """What the digest of an answer is of: keys, window and the measures that are exact there, nested ones as text."""
     exact = {m.name: m.exact for m in measures if not m.derived}
     for m in measures:
         if m.derived:
             exact[m.name] = " AND ".join(sorted({exact.get(column, "true") for column in m.columns})) or "true"
-    cells = [f"{quote(name)}::VARCHAR" for name in (*view.by, "window_start", "window_end")]
-    cells += [f"CASE WHEN {exact[m.name]} THEN {quote(m.name)}::VARCHAR END" for m in measures]
-    row = f"to_json([{', '.join(cells)}])::VARCHAR"
-    return f"SELECT (coalesce(sum(md5_number_lower({row})), 0) % 18446744073709551616)::UBIGINT AS digest FROM batch"
+    cells = [quote(name) for name in (*view.by, "window_start", "window_end")]
+    for m in measures:
+        plain = quote(m.name) if _scalar(m.type) else f"{quote(m.name)}::VARCHAR"
+        cells.append(f"CASE WHEN {exact[m.name]} THEN {plain} END AS {quote(m.name)}")
+    return f"SELECT {', '.join(cells)} FROM batch"
+
+
+def _scalar(kind: str) -> bool:
+    return not kind.endswith("]") and not kind.startswith(("STRUCT", "MAP"))

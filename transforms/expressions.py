@@ -59,7 +59,8 @@ def _check(sql: str, columns: tuple[tuple[str, str], ...], where: str) -> Expres
             if match is None:
                 raise DefinitionError(_underline(sql, node, where, _unknown(name, known)))
             used.add(match)
-    return Expression(sql, _type(sql, known, where), frozenset(used))
+    closed = f"{sql}\n" if "--" in sql else sql  # whatever is written behind it must not be in a comment
+    return Expression(closed, _type(closed, known, where), frozenset(used))
 
 
 def _parse(sql: str, known: Mapping[str, str], where: str) -> tuple[str, dict[str, Any]]:
@@ -76,11 +77,10 @@ def _parse(sql: str, known: Mapping[str, str], where: str) -> tuple[str, dict[st
     plain = node.get("type") == "SELECT_NODE" and len(node["select_list"]) == 1 and len(tree["statements"]) == 1
     extras = ("where_clause", "group_expressions", "having", "qualify", "modifiers", "sample")
     if not plain or node["from_table"]["type"] != "EMPTY" or any(node.get(key) for key in extras):
-        raise DefinitionError(f"{where}:\n  {sql}\n  expected one expression over a row's columns, not a query")
+        raise DefinitionError(underlined(sql, where, "expected one expression over a row's columns, not a query"))
     if node["select_list"][0].get("alias"):
-        raise DefinitionError(
-            f"{where}:\n  {sql}\n  an expression takes no alias ({node['select_list'][0]['alias']!r})"
-        )
+        alias = node["select_list"][0]["alias"]
+        raise DefinitionError(underlined(sql, where, f"an expression takes no alias ({alias!r})"))
     return sql, node["select_list"][0]
 
 
@@ -107,7 +107,9 @@ def _walk(node: Any, bound: frozenset[str]) -> Iterator[tuple[dict[str, Any], fr
             yield from _walk(item, bound)
     elif isinstance(node, dict):
         if node.get("class") == "LAMBDA":
-            names = {ref["column_names"][0].lower() for ref, _ in _walk(node["lhs"], bound) if ref["class"] == "COLUMN_REF"}
+            names = {
+                ref["column_names"][0].lower() for ref, _ in _walk(node["lhs"], bound) if ref["class"] == "COLUMN_REF"
+            }
             yield from _walk(node["expr"], bound | names)
             return
         if "class" in node:
@@ -132,7 +134,9 @@ def _refuse(node: dict[str, Any], sql: str, where: str) -> None:
     if kind == "FUNCTION":
         name = node["function_name"].lower()
         if name in _functions("function_type = 'aggregate'") and name not in _functions("function_type = 'scalar'"):
-            raise DefinitionError(_underline(sql, node, where, f"{name} is an aggregate; aggregates are a View's measures"))
+            raise DefinitionError(
+                _underline(sql, node, where, f"{name} is an aggregate; aggregates are a View's measures")
+            )
         if name in _functions("stability = 'CONSISTENT_WITHIN_QUERY'") or name in _functions("stability = 'VOLATILE'"):
             raise DefinitionError(_underline(sql, node, where, _CLOCK))
 
@@ -142,7 +146,11 @@ _CLOCK = "clocks, randomness and settings give another answer on every run; use 
 
 @functools.cache
 def _functions(condition: str) -> frozenset[str]:
-    rows = query.cursor().execute(f"SELECT DISTINCT lower(function_name) FROM duckdb_functions() WHERE {condition}").fetchall()
+    rows = (
+        query.cursor()
+        .execute(f"SELECT DISTINCT lower(function_name) FROM duckdb_functions() WHERE {condition}")
+        .fetchall()
+    )
     return frozenset(name for (name,) in rows)
 
 
@@ -151,8 +159,7 @@ def _type(sql: str, columns: Mapping[str, str], where: str) -> str:
     try:
         rows = query.cursor().execute(f"DESCRIBE SELECT ({sql}) AS value FROM (SELECT {fields}) WHERE false").fetchall()
     except duckdb.Error as error:
-        first = str(error).split("\n")[0]
-        raise DefinitionError(f"{where}:\n  {sql}\n  {'^' * len(sql)} {first}") from None
+        raise DefinitionError(underlined(sql, where, str(error).split("\n")[0])) from None
     return str(rows[0][1])
 
 
@@ -189,6 +196,11 @@ def _underline(sql: str, node: Mapping[str, Any], where: str, message: str) -> s
     if not 0 <= at < len(sql):
         at = 0
     return _mark(sql, at, node.get("query_location_length") or 1, where, message)
+
+
+def underlined(sql: str, where: str, message: str) -> str:
+    """A message about the whole expression."""
+    return _mark(sql, 0, len(sql.encode()), where, message)
 
 
 def _mark(sql: str, at: int, length: int, where: str, message: str) -> str:

@@ -1,4 +1,4 @@
-"""Building a stage: steps add CTEs to one query, and a second text of it in which every expression is wrapped in TRY."""
+"""Building a stage: steps add CTEs to one query, and to a second text of it that wraps every expression in TRY."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from pipelines.transforms import query
 from pipelines.transforms.chain import BOOKKEEPING, FILTERED, Chain, Miss, PythonStage, Reason, SqlStage, Stage
-from pipelines.transforms.expressions import DefinitionError, Expression, check, nearest, quote
+from pipelines.transforms.expressions import DefinitionError, Expression, check, nearest, quote, underlined
 
 
 @dataclasses.dataclass
@@ -69,11 +69,12 @@ class Builder:
 
     # What steps ask for
 
-    def check(self, sql: str, kind: str | None = None) -> Expression:
-        """The expression over the columns here, of this DuckDB type if one is given."""
-        found = check(sql, self.scope.types, self.where)
+    def check(self, sql: str, kind: str | None = None, name: str = "") -> Expression:
+        """The expression over the columns here, of this DuckDB type if one is given. name: the argument that has it."""
+        where = self.where.replace(")", f" {name}=)", 1) if name else self.where
+        found = check(sql, self.scope.types, where)
         if kind is not None and found.type != kind:
-            raise DefinitionError(f"{self.where}:\n  {sql}\n  {'^' * len(sql)} is {found.type}; expected {kind}")
+            raise DefinitionError(underlined(sql, where, f"is {found.type}; expected {kind}"))
         self.used |= self.scope.sources(found)
         return found
 
@@ -81,7 +82,9 @@ class Builder:
         """The name, if there is such a column here."""
         if name not in self.scope.types:
             known = ", ".join(self.scope.types)
-            raise DefinitionError(f"{self.where}: no column {name!r}.{nearest(name, self.scope.types)} Columns here: {known}")
+            raise DefinitionError(
+                f"{self.where}: no column {name!r}.{nearest(name, self.scope.types)} Columns here: {known}"
+            )
         return name
 
     def free(self, name: str) -> str:
@@ -117,9 +120,10 @@ class Builder:
         source: Callable[[str], str] = str,
         extra: Mapping[str, str] = {},
     ) -> None:
-        """Adds a CTE: ``cells`` are new or replaced columns, the scope's others stay. rules: (expression, Rule) in order.
+        """Adds a CTE: ``cells`` are new or replaced columns, the scope's others stay.
 
-        source: makes the FROM clause from the previous CTE's name. extra: bookkeeping columns, kept to the stage's end.
+        rules: (expression, Rule) in order. source: makes the FROM clause from the previous CTE's name. extra:
+        bookkeeping columns, kept to the stage's end.
         """
         previous = f"s{len(self._ctes) - 1}"
         kept = [quote(name) for name in self.scope.types if name not in cells]
@@ -135,7 +139,9 @@ class Builder:
         for attempt, whens in ((str, plain), ("TRY({})".format, safe)):
             made = [f"{attempt(sql)} AS {quote(name)}" for name, sql in cells.items()]
             status = f"CASE WHEN {' WHEN '.join(whens)} END AS _status" if len(whens) > 1 else "_status"
-            columns = ", ".join([*kept, *made, *(f"{sql} AS {name}" for name, sql in extra.items()), *BOOKKEEPING, status])
+            columns = ", ".join(
+                [*kept, *made, *(f"{sql} AS {name}" for name, sql in extra.items()), *BOOKKEEPING, status]
+            )
             texts.append(f"SELECT {columns} FROM {source(previous)}")
         self._ctes.append((texts[0], texts[1]))
 
@@ -157,7 +163,18 @@ class Builder:
                 "WITH " + ",\n".join(f"s{n} AS ({cte[kind]})" for n, cte in enumerate(self._ctes)) + "\n" + last
                 for kind in (0, 1)
             )
-            self._stages.append(SqlStage(plain, safe, tuple(self._reasons), tuple(self._misses), self.part, self._alias, tuple(self._dimensions), self.keyed))
+            self._stages.append(
+                SqlStage(
+                    plain,
+                    safe,
+                    tuple(self._reasons),
+                    tuple(self._misses),
+                    self.part,
+                    self._alias,
+                    tuple(self._dimensions),
+                    self.keyed,
+                )
+            )
         if exploded and self.part == "source":
             self.part = "exploded"
         self._open()

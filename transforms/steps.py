@@ -32,7 +32,9 @@ class StepError(UserError):
 def declared_at() -> str:
     """``file.py:31`` of the first caller outside this package: where a definition says it."""
     frame = sys._getframe(1)
-    while frame.f_back and (frame.f_globals.get("__name__", "").startswith("pipelines.transforms") or frame.f_code.co_filename == "<string>"):
+    while frame.f_back and (
+        frame.f_globals.get("__name__", "").startswith("pipelines.transforms") or frame.f_code.co_filename == "<string>"
+    ):
         frame = frame.f_back
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
@@ -65,8 +67,8 @@ def _named(kind: str, values: dict[str, Any], example: str) -> tuple[tuple[str, 
 class Check(Step):
     """Rules a row must meet; null passes, as in SQL's CHECK. The first rule that is false names the reason.
 
-    on_fail: ``reject`` makes the row a dead letter; ``flag`` keeps it and adds a boolean column named as the rule, false
-    where it failed; ``stop`` ends the run with exit 3.
+    on_fail: ``reject`` makes the row a dead letter; ``flag`` keeps it and adds a boolean column named as the rule,
+    false where it failed; ``stop`` ends the run with exit 3.
     """
 
     rules: tuple[tuple[str, Sql], ...]
@@ -78,19 +80,20 @@ class Check(Step):
         _set(self, rules=_named("Check", rules, "Check(positive='amount > 0')"), on_fail=on_fail)
 
     def build(self, to: Builder) -> None:
+        found = {name: to.check(sql, "BOOLEAN", name) for name, sql in self.rules}
         flags, rules = {}, []
-        for name, sql in self.rules:
-            to.check(sql, "BOOLEAN")
-            failed = to.reason(f"{name} failed", sql)
+        for name, rule in found.items():
+            failed = to.reason(f"{name} failed", rule.sql)
             if self.on_fail == "flag":
-                flags[to.free(name)] = to.guard(f"coalesce(({sql}), true)")
-                rules.append((sql, Rule("false", FILTERED, failed)))
+                flags[to.free(name)] = to.guard(f"coalesce(({rule.sql}), true)")
+                rules.append((rule.sql, Rule("false", FILTERED, failed)))
             else:
-                code = to.reason(name, sql, stop=self.on_fail == "stop")
-                rules.append((sql, Rule(f"NOT ({sql})", code, failed)))
+                code = to.reason(name, rule.sql, stop=self.on_fail == "stop")
+                rules.append((rule.sql, Rule(f"NOT ({rule.sql})", code, failed)))
+        sources = {name: to.scope.sources(rule) for name, rule in found.items()}
         to.select(flags, rules)
-        for (name, sql) in self.rules if self.on_fail == "flag" else ():
-            to.scope.put(name, "BOOLEAN", to.scope.sources(to.check(sql)))
+        for name in flags:
+            to.scope.put(name, "BOOLEAN", sources[name])
 
 
 @dataclass(frozen=True, init=False)
@@ -103,9 +106,9 @@ class Filter(Step):
         _set(self, keep=keep)
 
     def build(self, to: Builder) -> None:
-        to.check(self.keep, "BOOLEAN")
-        failed = to.reason("filter failed", self.keep)
-        to.select({}, [(self.keep, Rule(f"({self.keep}) IS NOT TRUE", FILTERED, failed))])
+        keep = to.check(self.keep, "BOOLEAN").sql
+        failed = to.reason("filter failed", keep)
+        to.select({}, [(keep, Rule(f"({keep}) IS NOT TRUE", FILTERED, failed))])
 
 
 @dataclass(frozen=True, init=False)
@@ -118,10 +121,10 @@ class Derive(Step):
         _set(self, columns=_named("Derive", columns, "Derive(late='delay > 15')"))
 
     def build(self, to: Builder) -> None:
-        found = {to.free(name): to.check(sql) for name, sql in self.columns}
-        cells = {name: to.guard(sql) for name, sql in self.columns}
+        found = {to.free(name): to.check(sql, name=name) for name, sql in self.columns}
+        cells = {name: to.guard(expression.sql) for name, expression in found.items()}
         sources = {name: to.scope.sources(expression) for name, expression in found.items()}
-        to.select(cells, [(sql, to.failure(name, sql)) for name, sql in self.columns])
+        to.select(cells, [(expression.sql, to.failure(name, expression.sql)) for name, expression in found.items()])
         for name, expression in found.items():
             to.scope.put(name, expression.type, sources[name])
 
@@ -189,10 +192,14 @@ class Lookup(Step):
         takes = [(f"_{number}t{n}", new, column) for n, (new, column) in enumerate(self.take)]
         for _, new, column in takes:
             if column not in types:
-                raise DefinitionError(f"{to.where}: no column {column!r} in {dimension.name}. It has {', '.join(types)}")
+                raise DefinitionError(
+                    f"{to.where}: no column {column!r} in {dimension.name}. It has {', '.join(types)}"
+                )
             if to.free(new) in to.scope.types:
-                raise DefinitionError(f"{to.where}: there is a column {new!r} already; take={{'another_name': {column!r}}}")
-        at = self.at_time or "event_time"
+                raise DefinitionError(
+                    f"{to.where}: there is a column {new!r} already; take={{'another_name': {column!r}}}"
+                )
+        at = to.check(self.at_time or "event_time", "TIMESTAMP WITH TIME ZONE", "at" if self.at_time else "").sql
         columns = [f"{key} AS {alias}" for alias, _, key in pairs] + [f"{quote(c)} AS {alias}" for alias, _, c in takes]
         columns += [f"{quote(dimension.valid_from)} AS _{number}from"] if dimension.valid_from else []
         right = f"(SELECT true AS _{number}hit, {', '.join(columns)} FROM dim_{dimension.name})"
@@ -201,7 +208,8 @@ class Lookup(Step):
         if dimension.valid_from:
             join += f" AND _{number}at >= _{number}from"
         if self.within:
-            hit = f"coalesce(epoch_us(_{number}at) - epoch_us(_{number}from) <= {Duration.fixed(self.within, 'within')}, false)"
+            age = f"epoch_us(_{number}at) - epoch_us(_{number}from)"
+            hit = f"coalesce({age} <= {Duration.fixed(self.within, 'within')}, false)"
 
         def source(previous: str) -> str:
             if not dimension.valid_from:
@@ -210,7 +218,9 @@ class Lookup(Step):
 
         rules = []
         if self.missing == "reject":
-            code = to.reason(f"no {dimension.name}", f"no row of {dimension.name} for {', '.join(event for event, _ in self.on)}")
+            code = to.reason(
+                f"no {dimension.name}", f"no row of {dimension.name} for {', '.join(event for event, _ in self.on)}"
+            )
             rules.append(("true", Rule(f"NOT {hit}", code, code)))
         else:
             to.miss(f"_miss{number}", dimension.name, f"older than {self.within}" if self.within else "")
@@ -223,21 +233,28 @@ class Lookup(Step):
         """Checks the columns that are joined."""
         for event, key in self.on:
             if key not in self.dimension.key:
-                raise DefinitionError(f"{to.where}: {key!r} is not in the key of {self.dimension.name} ({', '.join(self.dimension.key)})")
+                raise DefinitionError(
+                    f"{to.where}: {key!r} is not in the key of {self.dimension.name} ({', '.join(self.dimension.key)})"
+                )
             left, right = to.check(quote(to.column(event))).type, types[key]
             if left != right:
-                raise DefinitionError(f"{to.where}: {event} is {left}, {self.dimension.name}.{key} is {right}; Derive one of the same type")
+                raise DefinitionError(
+                    f"{to.where}: {event} is {left}, {self.dimension.name}.{key} is {right}; "
+                    "Derive one of the same type"
+                )
         if len(self.on) != len(self.dimension.key):
-            raise DefinitionError(f"{to.where}: on names {len(self.on)} of the key columns {', '.join(self.dimension.key)}")
-        if self.at_time:
-            to.check(self.at_time, "TIMESTAMP WITH TIME ZONE")
+            raise DefinitionError(
+                f"{to.where}: on names {len(self.on)} of the key columns {', '.join(self.dimension.key)}"
+            )
         if not self.dimension.valid_from and (self.at_time or self.within):
-            raise DefinitionError(f"{to.where}: {self.dimension.name} keeps no history (valid_from), so at= and within= mean nothing")
+            raise DefinitionError(
+                f"{to.where}: {self.dimension.name} keeps no history (valid_from), so at= and within= mean nothing"
+            )
 
 
 @dataclass(frozen=True, init=False)
 class Explode(Step):
-    """A list of structs becomes one row each; the struct's fields become columns. An empty or null list gives no row."""
+    """A list of structs becomes one row each; the struct's fields become columns. Without items there is no row."""
 
     column: str
 
@@ -254,7 +271,9 @@ class Explode(Step):
         to.scope.drop(self.column)
         for name in fields:
             if to.free(name) in to.scope.types:
-                raise DefinitionError(f"{to.where}: there is a column {name!r} already; Drop it, or Derive it under another name")
+                raise DefinitionError(
+                    f"{to.where}: there is a column {name!r} already; Drop it, or Derive it under another name"
+                )
         cells = {name: f"_item.{quote(name)}" for name in fields}
         to.select(cells, (), lambda previous: f"(SELECT *, unnest({quote(self.column)}) AS _item FROM {previous})")
         for name, of in fields.items():
@@ -263,8 +282,8 @@ class Explode(Step):
 
 @dataclass(frozen=True, init=False)
 class Protect(Step):
-    """Replaces personal values: ``Pseudonym()`` by a keyed HMAC, ``Mask()`` by a fixed text. After this step the columns
-    are text, and nothing that follows sees the values."""
+    """Replaces personal values: ``Pseudonym()`` by a keyed HMAC, ``Mask()`` by a fixed text. After this step the
+    columns are text, and nothing that follows sees the values."""
 
     columns: tuple[tuple[str, Pseudonym | Mask], ...]
 
@@ -287,8 +306,8 @@ class Protect(Step):
 
 @dataclass(frozen=True)
 class Apply(Step):
-    """A row-local function of an Arrow table: as many rows, in the same order, with the columns of ``adds`` (Python types
-    as in a row class) set. ``pipelines.testing.run`` re-cuts its batches to see that it is row-local."""
+    """A row-local function of an Arrow table: as many rows, in the same order, with the columns of ``adds`` (Python
+    types as in a row class) set. ``pipelines.testing.run`` re-cuts its batches to see that it is row-local."""
 
     function: Callable[[pa.Table], pa.Table] = field(default=None)  # type: ignore[assignment]
     _: KW_ONLY

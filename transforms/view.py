@@ -7,10 +7,12 @@ The same plan serves every engine, the tests' harness and the serving layer: sta
 import dataclasses
 from collections.abc import Iterable
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.transforms import query
+from pipelines.transforms.buckets import hashes
 from pipelines.transforms.chain import Chain
 from pipelines.transforms.sketches import collapse
 from pipelines.transforms.states import State
@@ -21,7 +23,8 @@ from pipelines.transforms.windows import Window
 class ViewPlan:
     """A compiled view. partial: rows (``batch``, with event_time) to states by key and tile. merge: states to states.
     windowed: merged states to states by window. result: those to answers: keys, window_start, window_end
-    (timestamp[us, UTC]), measures, ``_rows``, states. chain: the view's own steps. digest: answers to one row (rows, digest) over the exact measures.
+    (timestamp[us, UTC]), measures, ``_rows``, states. chain: the view's own steps. digest: answers to the columns that
+    a digest is of.
     """
 
     name: str
@@ -37,6 +40,11 @@ class ViewPlan:
     partial_schema: pa.Schema
     schema: pa.Schema
     measures: tuple[str, ...]
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of an answer that are not states: keys, window_start, window_end, measures."""
+        return [name for name in self.schema.names if not name.startswith("_")]
 
     def partials(self, rows: pa.Table) -> pa.Table:
         """The states of these rows (partial_schema)."""
@@ -67,5 +75,9 @@ class ViewPlan:
         return answers
 
     def digested(self, answers: pa.Table) -> int:
-        """An order-independent hash of the exact measures: digests of disjoint answers add up modulo 2^64."""
-        return int(query.run(self.digest, {"batch": answers})["digest"][0].as_py())
+        """An order-independent hash of the exact measures: digests of disjoint answers add up modulo 2^64.
+
+        It does not depend on the engine, nor on a library's own hash, so it may be compared by eye.
+        """
+        exact = query.run(self.digest, {"batch": answers})
+        return int(hashes(exact, exact.column_names).sum(dtype=np.uint64))

@@ -18,6 +18,8 @@ from pipelines.transforms.errors import UserError
 _MICROS = {"s": 10**6, "m": 60 * 10**6, "h": 3600 * 10**6, "d": 86400 * 10**6, "w": 7 * 86400 * 10**6}
 _MONTHS = {"mo": 1, "q": 3, "y": 12}
 _HOUR, _QUARTER, _DAY = _MICROS["h"], _MICROS["h"] // 4, _MICROS["d"]
+_YEAR_ONE = 719_162 * _DAY
+"""From the year 1 to 1970."""
 _MONDAY = 4 * _DAY
 """1970-01-05, a Monday: where windows of whole days and weeks start counting."""
 
@@ -82,10 +84,19 @@ class Window(ABC):
         return None
 
     def tile_sql(self, time: str) -> str:
-        """SQL for the start of a row's tile, BIGINT µs, from its event time in BIGINT µs."""
-        if self.tile is None:
-            return "NULL::BIGINT"
-        return floor_sql(time, self.tile, _MONDAY if self.tile % _DAY == 0 else 0)
+        """SQL for the number of a row's tile from its event time in BIGINT µs: one division a row, never negative."""
+        return "NULL::BIGINT" if self.tile is None else f"({time} + {self._shift}) // {self.tile}"
+
+    def tile_start_sql(self, number: str) -> str:
+        """SQL for the start of a tile, BIGINT µs, from its number: once a group."""
+        return f"{number}::BIGINT" if self.tile is None else f"({number} * {self.tile} - {self._shift})"
+
+    @property
+    def _shift(self) -> int:
+        """What makes every event time (from the year 1) positive, and a tile's first µs a multiple of its width."""
+        assert self.tile
+        offset = _MONDAY % self.tile if self.tile % _DAY == 0 else 0
+        return (_YEAR_ONE // self.tile + 2) * self.tile - offset
 
     @abstractmethod
     def windows_sql(self, tiles: str) -> str:
@@ -185,9 +196,6 @@ class Sliding(Window):
     @property
     def longest(self) -> int:
         return Duration.fixed(self.size, "size")
-
-    def tile_sql(self, time: str) -> str:
-        return floor_sql(time, self.tile)
 
     def windows_sql(self, tiles: str) -> str:
         size, every = Duration.fixed(self.size, "size"), Duration.fixed(self.every, "every")
