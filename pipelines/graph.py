@@ -138,10 +138,14 @@ def build(root: beam.Pipeline, run: Prepared, *, spill: Path | None = None) -> N
 def _dedupe(run: Prepared, folder: Path | None, cipher: Cipher | None) -> Dedupe:
     identity = run.pipeline.source.identities
     parts = partitions(run.history.rows, run.history.bytes)
-    spill = None if folder is None else Spill(folder, identity, parts)
-    form = run.history.splits[0].format if run.history.splits else "json"
-    columns = tuple(run.schema.names)
-    return Dedupe(identity, columns, pipeline=run.pipeline.name, format=form, spill=spill, cipher=cipher)
+    return Dedupe(
+        identity,
+        tuple(run.schema.names),
+        pipeline=run.pipeline.name,
+        format=run.history.splits[0].format if run.history.splits else "json",
+        spill=None if folder is None else Spill(folder, identity, parts),
+        cipher=cipher,
+    )
 
 
 def _list(root: beam.Pipeline, parts: list[beam.PCollection], number: int) -> beam.pvalue.AsList:

@@ -15,7 +15,7 @@ import pyarrow as pa
 _local = threading.local()
 _lock = threading.Lock()
 _database: duckdb.DuckDBPyConnection | None = None
-_settings: dict[str, str] = {"threads": "1", "ieee_floating_point_ops": "false"}
+_settings: dict[str, str] = {"threads": "1"}
 
 
 def configure(*, threads: int | None = None, memory: str | None = None, temp: str | None = None) -> None:
@@ -34,7 +34,7 @@ def cursor() -> duckdb.DuckDBPyConnection:
     """This thread's cursor of the process's database."""
     if getattr(_local, "pid", None) != os.getpid():
         _local.pid, _local.cursor = os.getpid(), _open().cursor()
-        _local.cursor.execute("SET TimeZone = 'UTC'")
+        _local.cursor.execute("SET TimeZone = 'UTC'; SET ieee_floating_point_ops = false")
     return _local.cursor  # type: ignore[no-any-return]
 
 
