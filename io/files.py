@@ -12,12 +12,12 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from pipelines.io import rowgroups, text
+from pipelines.io import blocks, rowgroups, text
 from pipelines.io.places import File, find
 from pipelines.io.splits import Split
-from pipelines.transforms.conform import convertible, type_name
-from pipelines.transforms.decoder import path
+from pipelines.transforms.casts import convertible, type_name
 from pipelines.transforms.errors import DataRefused, UserError
+from pipelines.transforms.payloads import path
 from pipelines.transforms.schema import Extra, Field, Invalid, RowSchema
 
 SPLIT = 64 << 20
@@ -66,11 +66,15 @@ def plan(
 
 def read(split: Split) -> Iterator[pa.Table]:
     """The tables of a split: raw (`_source`, `_offset`, `_raw`) for text, else typed columns, `_source`, `_offset`."""
-    return rowgroups.read(split) if split.format == "parquet" else text.read(split)
+    if split.format == "parquet":
+        return rowgroups.read(split)
+    return blocks.read(split) if split.format == "avro" else text.read(split)
 
 
 def _open(file: File, schema: RowSchema) -> Opened:
-    return rowgroups.RowGroups.of(file) if file.format == "parquet" else text.Text.of(file, schema)
+    if file.format == "parquet":
+        return rowgroups.RowGroups.of(file)
+    return blocks.Blocks.of(file) if file.format == "avro" else text.Text.of(file, schema)
 
 
 def _wanted(opened: Opened, schema: RowSchema, extra: Extra) -> tuple[str, ...]:

@@ -197,7 +197,7 @@ def _line(error: Exception) -> str:
 def _open(path: str) -> IO[bytes]:
     try:
         if "://" not in path:
-            return open(path, "rb")
+            return cast(IO[bytes], open(path, "rb"))
         system, inner = _system(path)
         return cast(IO[bytes], system.open(inner, "rb"))
     except UserError:

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.io.places import File
-from pipelines.transforms.payloads import Format
+from pipelines.transforms.payloads import Form
 
 ROWS = 1 << 20
 """Rows of a table, at most."""
@@ -26,7 +26,7 @@ class Split:
     rows: int | None = None
     first: int = 0
     columns: tuple[str, ...] = ()
-    form: Format | None = None
+    form: Form | None = None
 
     @property
     def format(self) -> str:

@@ -12,8 +12,10 @@ import pyarrow as pa
 from pipelines.io.places import File, option_delimiter
 from pipelines.io.splits import ROWS, Split, bookkeeping
 from pipelines.transforms.conform import OFFSET, RAW, SOURCE
+from pipelines.transforms.delimited import Csv
 from pipelines.transforms.errors import UserError
-from pipelines.transforms.payloads import Csv, Format, marked
+from pipelines.transforms.objects import Json
+from pipelines.transforms.payloads import Form, marked
 from pipelines.transforms.schema import RowSchema
 
 CHUNK = 32 << 20
@@ -34,16 +36,20 @@ class Text:
     """A text file, opened for its header. columns: name to type, None where only the rows know (JSON)."""
 
     file: File
-    form: Format
+    form: Form
     start: int
     columns: dict[str, pa.DataType] | None
 
     @staticmethod
     def of(file: File, schema: RowSchema) -> "Text":
         with file.open() as handle:
-            head = _head(handle)
+            head = handle.read(64 << 10)
             start = len(_BOM) if head.startswith(_BOM) else 0
-            return _csv(file, schema, head, start, handle)
+            if file.format == "csv":
+                return _csv(file, schema, head, start, handle)
+            if head[start:].lstrip().startswith(b"["):
+                raise UserError(f"{file.source}: a JSON array; write one object a line (jq -c '.[]')")
+            return Text(file, Json(), start, None)
 
     def splits(self, _wanted: tuple[str, ...], step: int) -> list[Split]:
         """Pieces of about ``step`` bytes that start and end between records; one piece where that cannot be known."""
@@ -63,7 +69,7 @@ class Text:
 
     def _cuts(self, step: int) -> list[int]:
         with self.file.open() as handle:
-            if not self.form.quote:
+            if not (isinstance(self.form, Csv) and self.form.quote):
                 return _line_cuts(handle, self.start, self.file.size, step)
             # Whether a line feed stands in quotes is known only from all quotes before it: a local file is scanned
             # once for them (at the speed of the disk), a remote one is read by one worker.
@@ -159,8 +165,8 @@ def _not_blank(data: npt.NDArray[np.uint8], ends: Ends, offset: int) -> _Lines:
 Splitter = Callable[[bytes], Ends]
 
 
-def _splitter(form: Format) -> Splitter:
-    if form.quote:
+def _splitter(form: Form) -> Splitter:
+    if isinstance(form, Csv) and form.quote:
         return lambda data: record_ends(data, form)
     return line_ends
 
@@ -232,10 +238,6 @@ def _quoted_cuts(handle: IO[bytes], form: Csv, start: int, step: int) -> list[in
                 wanted = cuts[-1] + step
         inside, before, at = bool((len(quotes) + inside) % 2), block[-1], at + len(block)
     return [] if inside else [cut for cut in cuts if cut < at]
-
-
-def _head(handle: IO[bytes]) -> bytes:
-    return handle.read(64 << 10)
 
 
 def _csv(file: File, schema: RowSchema, head: bytes, start: int, handle: IO[bytes]) -> Text:

@@ -13,10 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.transforms import query
-from pipelines.transforms.conform import EXTRA, OFFSET, RAW, SOURCE, Fault, conform
+from pipelines.transforms.avro import Avro
+from pipelines.transforms.conform import EXTRA, OFFSET, RAW, SOURCE, conform
 from pipelines.transforms.deadletters import refuse
+from pipelines.transforms.delimited import Csv
 from pipelines.transforms.errors import DataRefused
-from pipelines.transforms.payloads import Faults, Format, Parsed, bare, form_of, positions
+from pipelines.transforms.objects import Json
+from pipelines.transforms.payloads import Fault, Faults, Form, Parsed, Rows, bare, mark, path, positions
 from pipelines.transforms.protect import Cipher
 from pipelines.transforms.schema import Extra, Field, Invalid, RowSchema
 
@@ -52,13 +55,13 @@ class Decoder:
     pipeline: str
     extra: Extra = "ignore"
     invalid: Invalid = "reject"
-    form: Format | None = None
+    form: Form | None = None
     cipher: Cipher | None = None
 
     def decode(self, table: pa.Table) -> Decoded:
         """Good rows in order, and dead letters with step "decode". A table that is right already is not copied."""
         raw = RAW.name in table.column_names
-        form = (form_of(table.schema) or self.form) if raw else None
+        form = (_form_of(table.schema) or self.form) if raw else None
         parsed = self._parse(table, form)
         rows, faults = self._rows(table, parsed)
         if not len(faults):
@@ -83,14 +86,14 @@ class Decoder:
             cipher=self.cipher,
         )
 
-    def _parse(self, table: pa.Table, form: Format | None) -> Parsed:
+    def _parse(self, table: pa.Table, form: Form | None) -> Parsed:
         if form is None:
             return Parsed(table, None, Faults())
         payloads = table[RAW.name]
         whole = payloads.chunk(0) if payloads.num_chunks == 1 else payloads.combine_chunks()
         return form.parse(whole, self.schema, extra=self.extra != "ignore")
 
-    def _good(self, parsed: Parsed, bad: np.ndarray) -> pa.Array:
+    def _good(self, parsed: Parsed, bad: Rows) -> pa.Array:
         """Which of the parsed rows stand."""
         if parsed.kept is None:
             mask = np.ones(len(parsed.columns), bool)
@@ -101,6 +104,8 @@ class Decoder:
     def _rows(self, table: pa.Table, parsed: Parsed) -> tuple[pa.Table, Faults]:
         """The parsed rows in the schema's types, those with faults included."""
         faults, length = parsed.faults, len(parsed.columns)
+        for fault in parsed.lost:
+            self._fault(fault, None, parsed, faults)
         columns = []
         for field in self.schema.fields:
             values = column_at(parsed.columns, field)
@@ -109,9 +114,6 @@ class Decoder:
             column, found = conform(values, field)
             for fault in found:
                 self._fault(fault, values, parsed, faults)
-            if not field.nullable and column.null_count:
-                missing = _at(parsed, positions(column.is_null()))
-                faults.add(missing, f"null in {field.name}", f"{field.name} has no value and may not be null")
             columns.append(column)
         kept = table if parsed.kept is None else table.take(pa.array(parsed.kept))
         if self.extra != "ignore":
@@ -131,15 +133,20 @@ class Decoder:
         ]
         return pa.schema(fields)
 
-    def _fault(self, fault: Fault, values: pa.ChunkedArray, parsed: Parsed, faults: Faults) -> None:
+    def _fault(self, fault: Fault, values: pa.ChunkedArray | None, parsed: Parsed, faults: Faults) -> None:
+        if fault.missing:
+            faults.add(_at(parsed, fault.rows), fault.reason, f"{fault.reason}, which may not be null")
+            return
         if self.invalid == "null":
             return
-        detail = self._detail(values.take(pa.array(fault.rows)), fault)
+        detail = self._detail(None if values is None else values.take(pa.array(fault.rows)), fault)
         if self.invalid == "stop":
             raise DataRefused(f"{self.pipeline}: {fault.reason} ({detail[0]}); Source(invalid='stop') ends the run")
         faults.add(_at(parsed, fault.rows), fault.reason, detail)
 
-    def _detail(self, values: pa.ChunkedArray, fault: Fault) -> list[str]:
+    def _detail(self, values: pa.ChunkedArray | None, fault: Fault) -> list[str]:
+        if values is None:
+            return [fault.reason] * len(fault.rows)
         # A shifted line puts one column's value in another's place: with personal columns, no value is shown at all.
         if self.schema.personal:
             return [f"{fault.reason}, a value of {len(str(value))} characters" for value in values.to_pylist()]
@@ -172,11 +179,6 @@ class Decoder:
         }
 
 
-def path(field: Field) -> str:
-    """Where the payload has the column: a name, or names joined by dots."""
-    return field.column.path or field.name
-
-
 def column_at(table: pa.Table, field: Field) -> pa.ChunkedArray | None:
     """The field's column in a payload's columns, by name, else step by step into structs."""
     where = path(field)
@@ -193,7 +195,16 @@ def column_at(table: pa.Table, field: Field) -> pa.ChunkedArray | None:
     return column
 
 
-def _at(parsed: Parsed, rows: np.ndarray) -> np.ndarray:
+def _form_of(schema: pa.Schema) -> Form | None:
+    noted = mark(schema)
+    if noted is None:
+        return None
+    forms: dict[object, type[Form]] = {form.name: form for form in (Csv, Json, Avro)}
+    form = forms[noted.pop("form")]
+    return form(**{name: tuple(value) if isinstance(value, list) else value for name, value in noted.items()})
+
+
+def _at(parsed: Parsed, rows: Rows) -> Rows:
     """Positions among the parsed rows as positions in the table they came from."""
     return rows if parsed.kept is None else parsed.kept[rows]
 

@@ -1,0 +1,189 @@
+"""One column's values in another type, value by value only where a batch fails; null where a value does not convert.
+
+A value converts when nothing is lost: text that reads as the type, a whole float to an int, an int of any width, times
+of any unit to µs UTC (digits past µs are cut). A time without offset needs ``Column(timezone=)``: there the hour that
+occurs twice is taken the first time, and one that does not occur is no time. Numbers never become times, nor text.
+"""
+
+from collections.abc import Callable
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.transforms.payloads import salvage
+from pipelines.transforms.schema import UTC_MICROS, Field
+
+Converter = Callable[[pa.Array], pa.Array]
+
+_EXACT = 2.0**53
+"""Every int up to here is a float."""
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether values are text, however it is laid out."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def is_bytes(kind: pa.DataType) -> bool:
+    """Whether values are bytes, however they are laid out."""
+    fixed = pa.types.is_fixed_size_binary(kind) or pa.types.is_binary_view(kind)
+    return bool(fixed or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether values are lists, however they are laid out."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
+
+
+_NAMES: tuple[tuple[Callable[[pa.DataType], bool], str], ...] = (
+    (pa.types.is_boolean, "bool"),
+    (pa.types.is_integer, "int"),
+    (pa.types.is_floating, "float"),
+    (pa.types.is_decimal, "Decimal"),
+    (pa.types.is_timestamp, "datetime"),
+    (pa.types.is_date, "date"),
+    (is_text, "str"),
+    (is_bytes, "bytes"),
+    (is_list, "list"),
+)
+
+
+def type_name(kind: pa.DataType) -> str:
+    """The type as the user wrote it in the row class."""
+    return next((name for test, name in _NAMES if test(kind)), "object")
+
+
+def convertible(source: pa.DataType, field: Field) -> bool:
+    """Whether values of a source type may become the field's at all."""
+    to = field.type
+    if is_list(source) and is_list(to):
+        return convertible(source.value_type, _child(field, to.value_field))
+    if pa.types.is_struct(source) and pa.types.is_struct(to):
+        inner = ((source.field(child.name), child) for child in to if source.get_field_index(child.name) >= 0)
+        return all(convertible(found.type, _child(field, child)) for found, child in inner)
+    return bool(source == to) or _converter(source, field) is not None
+
+
+def _child(field: Field, child: pa.Field) -> Field:
+    return Field(f"{field.name}.{child.name}", child.type, child.nullable, field.column)
+
+
+def cast(values: pa.Array, field: Field) -> pa.Array:
+    """The values in the field's type (not nested), null where one does not convert."""
+    if values.type == field.type:
+        return values
+    converter = _converter(values.type, field)
+    if converter is None:
+        return pa.nulls(len(values), field.type)
+    try:
+        return converter(values)
+    except (pa.ArrowInvalid, OverflowError):
+        return _rescue(values, converter, field)
+
+
+def _converter(source: pa.DataType, field: Field) -> Converter | None:
+    """How a whole array converts, raising ArrowInvalid when a value does not; None when no value could."""
+    to = field.type
+    if pa.types.is_dictionary(source):
+        inner = source.value_type
+        converter = (lambda values: values) if inner == to else _converter(inner, field)
+        return converter and (lambda values: converter(values.cast(inner)))
+    if pa.types.is_null(source):
+        return lambda values: values.cast(to)
+    if pa.types.is_nested(to):
+        return None
+    if is_text(source):
+        return _from_text(field)
+    if pa.types.is_timestamp(to):
+        return _from_time(source, field)
+    same = (
+        (_is_number(source) and _is_number(to))
+        or (is_bytes(source) and (is_bytes(to) or is_text(to)))
+        or (pa.types.is_temporal(source) and pa.types.is_date(to) and not pa.types.is_time(source))
+    )
+    return (lambda values: values.cast(to)) if same else None
+
+
+def _from_time(source: pa.DataType, field: Field) -> Converter | None:
+    zone = field.column.timezone
+    if pa.types.is_date(source):
+        return None if zone is None else lambda values: _zoned(values.cast(pa.timestamp("us")), field)
+    if not pa.types.is_timestamp(source):
+        return None
+    if source.tz is None:
+        return None if zone is None else lambda values: _zoned(_micros(values, None), field)
+    return lambda values: _micros(values, "UTC")
+
+
+def _micros(values: pa.Array, zone: str | None) -> pa.Array:
+    # Only nanoseconds lose digits, and only those past µs; any other unit must not overflow in silence.
+    return values.cast(pa.timestamp("us", zone), safe=values.type.unit != "ns")
+
+
+def _zoned(values: pa.Array, field: Field) -> pa.Array:
+    return pc.assume_timezone(values, field.column.timezone, ambiguous="earliest", nonexistent="raise").cast(UTC_MICROS)
+
+
+def _from_text(field: Field) -> Converter:
+    to = field.type
+    if pa.types.is_timestamp(to) and field.column.timezone is not None:
+        return lambda values: _zoned(values.cast(pa.timestamp("us")), field)
+    if pa.types.is_floating(to):
+        return _float
+    return lambda values: values.cast(to)
+
+
+def _float(values: pa.Array) -> pa.Array:
+    numbers = values.cast(pa.float64())
+    infinite = pc.is_inf(numbers)
+    if pc.any(infinite).as_py():
+        spelt = pc.match_substring(values, "inf", ignore_case=True)
+        if not pc.all(pc.or_(pc.invert(infinite), spelt)).as_py():
+            raise pa.ArrowInvalid("a number too large for a float")
+    return numbers
+
+
+def _rescue(values: pa.Array, converter: Converter, field: Field) -> pa.Array:
+    """As much of the array as converts. Bad values repeat (``-``, ``unknown``), so each distinct one is tried once."""
+    encoded = values if pa.types.is_dictionary(values.type) else values.dictionary_encode()
+    distinct = encoded.dictionary
+    if pa.types.is_dictionary(values.type):
+        converter = _converter(distinct.type, field) or converter
+    if is_text(distinct.type) and not (is_text(field.type) or is_bytes(field.type)):
+        found = _rescue_text(distinct, converter, field)
+    else:
+        found = salvage(distinct, converter, field.type)
+    return found.take(encoded.indices)
+
+
+def _rescue_text(distinct: pa.Array, converter: Converter, field: Field) -> pa.Array:
+    tidy = pc.replace_substring_regex(pc.utf8_trim_whitespace(distinct), r"^\+([\d.])", r"\1")
+    if pa.types.is_timestamp(field.type):
+        tidy = pc.replace_substring_regex(tidy, r"(\.\d{6})\d+", r"\1")
+    found = salvage(tidy, converter, field.type)
+    if pa.types.is_integer(field.type):
+        found = pc.coalesce(found, salvage(tidy, _whole, field.type))
+    if pa.types.is_timestamp(field.type) and field.column.timezone is not None:
+        found = pc.coalesce(found, salvage(tidy, lambda some: some.cast(UTC_MICROS), field.type))
+    return found
+
+
+def _whole(values: pa.Array) -> pa.Array:
+    """Whole numbers written as floats (``517.0``), as far as a float holds every int."""
+    numbers = _float(values)
+    if pc.any(pc.greater(pc.abs(numbers), _EXACT)).as_py():
+        raise pa.ArrowInvalid("past the integers a float holds")
+    return numbers.cast(pa.int64())
+
+
+def lacks_offset(values: pa.Array, field: Field) -> pa.BooleanArray:
+    """Which values are times that only lack an offset, for a field that names no zone."""
+    if field.column.timezone is None and is_text(values.type):
+        tidy = pc.replace_substring_regex(pc.utf8_trim_whitespace(values), r"(\.\d{6})\d+", r"\1")
+        return salvage(tidy, lambda some: some.cast(pa.timestamp("us")), pa.timestamp("us")).is_valid()
+    naive = field.column.timezone is None and pa.types.is_temporal(values.type)
+    return pa.repeat(pa.scalar(naive), len(values))
