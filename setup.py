@@ -21,7 +21,7 @@ EXTRAS = {
     "gcp": ["apache-beam[gcp]>=2.77,<2.78", "gcsfs>=2025.1"],
     "spark": ["pyspark>=3.5,<3.6"],  # Beam's Spark runner is built for 3.5
 }
-EXTRAS["bench"] = ["polars>=1.30,<3", "psutil>=6", *EXTRAS["spark"]]
+EXTRAS["bench"] = ["matplotlib>=3.9", "polars>=1.30,<3", "psutil>=6", *EXTRAS["spark"]]
 EXTRAS["dev"] = [
     "hypothesis>=6.100",
     "import-linter>=2.1",
@@ -58,8 +58,6 @@ setup(
         "fsspec>=2025.1",
         "numpy>=2",
         "pyarrow>=20",
-        "rich>=14,<16",
-        "sqlglot>=30,<31",
         "tzdata",  # time zones on machines that have none
     ],
     extras_require=EXTRAS,
