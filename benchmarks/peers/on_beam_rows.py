@@ -25,7 +25,7 @@ SCHEMA = pa.schema(
 )
 
 
-class Summary(beam.CombineFn):
+class Summary(beam.CombineFn):  # type: ignore[misc]
     """Count, sum, least and most together: one accumulator is much faster than Beam's combiners side by side."""
 
     def create_accumulator(self) -> Accumulator:
@@ -70,7 +70,7 @@ def sketch(result: tuple[Key, tuple[Accumulator, list[float], int]]) -> dict[str
     return base((key, summary)) | {"p95": quantiles[19], "users": users}
 
 
-class Sketch(beam.combiners.TupleCombineFn):
+class Sketch(beam.combiners.TupleCombineFn):  # type: ignore[misc]
     """The summary and both of Beam's own sketches over (value, user)."""
 
     def __init__(self) -> None:

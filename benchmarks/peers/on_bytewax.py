@@ -33,7 +33,7 @@ SCHEMA = pa.schema(
 )
 
 
-class ParquetRows(FixedPartitionedSource[Row, None]):
+class ParquetRows(FixedPartitionedSource[Row, None]):  # type: ignore[misc]
     """The rows as ("key|hour", value)."""
 
     def __init__(self, folder: str) -> None:
@@ -46,7 +46,7 @@ class ParquetRows(FixedPartitionedSource[Row, None]):
         return RowsOfFile(for_part)
 
 
-class RowsOfFile(StatefulSourcePartition[Row, None]):
+class RowsOfFile(StatefulSourcePartition[Row, None]):  # type: ignore[misc]
     """The rows of one file, a batch at a time."""
 
     def __init__(self, path: str) -> None:
@@ -64,7 +64,7 @@ class RowsOfFile(StatefulSourcePartition[Row, None]):
         return None
 
 
-class ParquetResult(FixedPartitionedSink[Result, None]):
+class ParquetResult(FixedPartitionedSink[Result, None]):  # type: ignore[misc]
     """One file with the result."""
 
     def __init__(self, target: str) -> None:
@@ -77,7 +77,7 @@ class ParquetResult(FixedPartitionedSink[Result, None]):
         return ResultFile(Path(self.target) / "result.parquet")
 
 
-class ResultFile(StatefulSinkPartition[Result, None]):
+class ResultFile(StatefulSinkPartition[Result, None]):  # type: ignore[misc]
     """Collects the results and writes them at the end."""
 
     def __init__(self, path: Path) -> None:
