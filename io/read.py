@@ -18,11 +18,13 @@ class ReadFiles(beam.PTransform):  # type: ignore[misc]
     """The tables of a plan. Outputs, both of pa.Table: ``rows`` and ``tallies`` (TALLY: source rows read).
 
     distributed: share the splits among workers by a Reshuffle (of the splits, never of rows); on one process that would
-    only cost. Every row is read exactly once per attempt of a bundle; position and source name it across attempts.
+    only cost. shown: these are the rows that the run's progress counts. Every row is read exactly once per attempt of a
+    bundle; position and source name it across attempts.
     """
 
     plan: Plan
     distributed: bool = False
+    shown: bool = False
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -31,22 +33,23 @@ class ReadFiles(beam.PTransform):  # type: ignore[misc]
         splits = start | beam.Create(self.plan.splits, reshuffle=False)
         if self.distributed:
             splits = splits | beam.Reshuffle()
-        part = beam.ParDo(_Read(self.plan.rows is not None)).with_output_types(pa.Table, tallies=pa.Table)
+        part = beam.ParDo(_Read(self.plan.rows is not None, self.shown)).with_output_types(pa.Table, tallies=pa.Table)
         return splits | part.with_outputs("tallies", main="rows")
 
 
 class _Read(beam.DoFn):  # type: ignore[misc]
-    def __init__(self, by_rows: bool) -> None:
-        self._by_rows = by_rows
+    def __init__(self, by_rows: bool, shown: bool) -> None:
+        self._by_rows, self._shown = by_rows, shown
 
     def process(self, split: Split) -> Iterator[pa.Table]:
-        rows = 0
+        rows, weight = 0, split.bytes
         for table in read(split):
             rows += len(table)
-            progress.advance(len(table), None if self._by_rows else _bytes(table))
+            done = 0 if split.file.codec else min(weight, int(table.nbytes))  # how far a packed file is, nobody knows
+            weight -= done
+            if self._shown:
+                progress.advance(len(table), None if self._by_rows else done)
             yield table
+        if self._shown and not self._by_rows:
+            progress.advance(0, weight)
         yield beam.pvalue.TaggedOutput("tallies", tally("source", "read", rows))
-
-
-def _bytes(table: pa.Table) -> int:
-    return int(table.nbytes)

@@ -102,7 +102,7 @@ def build(root: beam.Pipeline, run: Prepared, *, spill: Path | None = None) -> N
     cipher = Cipher(Key.load(), PURPOSE) if source.schema.personal else None
     sides = {d.name: _dimension(root, d, run.dimensions[d.name]) for d in run.pipeline.dimensions}
     progress.expect(run.history.rows if run.history.rows is not None else run.history.bytes)
-    read = root | "read" >> ReadFiles(run.history, distributed=spill is None)
+    read = root | "read" >> ReadFiles(run.history, distributed=spill is None, shown=True)
     decoder = Decoder(run.schema, run.pipeline.name, source.extra, source.invalid, None, cipher)
     decoded = read.rows | "decode" >> Decode(decoder)
     rows, dead, tallies = decoded.rows, [decoded.dead], [read.tallies, decoded.tallies]
