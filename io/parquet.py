@@ -124,7 +124,7 @@ class ParquetStage:
         self._folder.make()
         with self._telling():
             if self._file is None:
-                self._file = _File(self._folder, self._name, self._schema)
+                self._file = _File(self._folder, f"{self._name}-{len(self._done)}", self._schema)
             self._file.write(rows)
         if self._file is not None and self._file.bytes >= FILE_BYTES:
             self._close()

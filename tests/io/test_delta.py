@@ -322,6 +322,16 @@ def test_a_file_that_died_unnamed_after_the_last_commit_goes_with_the_next(table
     assert content(table) == [(0, 0), (2, 0)]
 
 
+def test_what_another_program_compacted_stays_for_its_readers(table: Delta) -> None:
+    for t in (0, 1):
+        put(table, rows(t))
+    old = table.dataset()
+    assert deltalake.DeltaTable(table.uri).optimize.compact()["numFilesRemoved"] == 2
+    put(table, rows(2))
+    assert old.count_rows() == 2
+    assert content(table) == [(0, 0), (1, 0), (2, 0)]
+
+
 def test_a_long_unit_goes_on_in_another_file(table: Delta, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet, "FILE_BYTES", 1)
     monkeypatch.setattr(parquet, "ROW_GROUP", 2)
@@ -344,7 +354,7 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_no_file(
     monkeypatch.setattr(secrets, "token_hex", lambda _: "full")
     folder = Path(table.uri)
     folder.mkdir()
-    (folder / ".part-00000001-run-u-full").symlink_to("/dev/full")
+    (folder / ".part-00000001-run-u-0-full").symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"table .*/table: no space left on the disk; free some .*run again$") as told:
         stage(table, pa.concat_tables([rows(*range(many))]))
     assert "\n" not in str(told.value)
