@@ -9,6 +9,8 @@ result is; the rest agrees to about 1e-12.
 import dataclasses
 from abc import ABC, abstractmethod
 
+from pipelines.transforms.errors import UserError
+from pipelines.transforms.sketches import Hashed, Ranked
 from pipelines.transforms.states import (
     FLOATS,
     INTEGERS,
@@ -208,3 +210,73 @@ class StdDev(Variance):
 
     def result(self, kind: str) -> Sql:
         return f"sqrt({super().result(kind)})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantile(Sum):
+    """The value at rank q * (n - 1), DOUBLE, as PERCENTILE_CONT: exact of up to 64 values, then within ``error`` of it.
+
+    The error is relative to the value. -0.0 counts as 0.0, NaN is above infinity. Raises UserError for a q outside 0 to
+    1 or an error outside 0.001 to 0.25.
+
+    >>> Quantile("delay", 0.5).states("DOUBLE") == Quantile("delay", 0.95).states("DOUBLE")
+    True
+    """
+
+    q: float
+    _: dataclasses.KW_ONLY
+    error: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.q <= 1:
+            raise UserError(f"Quantile({self.expr!r}, {self.q!r}): the quantile is 0 to 1; the median is 0.5")
+        _bounded(self, self.error, 0.001)
+
+    def states(self, kind: str) -> tuple[State, ...]:
+        return (Ranked(self.expr, self.where, kind, self.error),)
+
+    def result(self, kind: str) -> Sql:
+        (state,) = self.states(kind)
+        assert isinstance(state, Ranked)
+        return state.at(self.q)
+
+    def type(self, kind: str) -> str:
+        return "DOUBLE"
+
+    def exact(self, kind: str) -> Sql:
+        return "true"
+
+
+@dataclasses.dataclass(frozen=True)
+class Distinct(Measure):
+    """How many different values, BIGINT, never null: exact up to 64, then with a standard error of at most ``error``.
+
+    NaN is one value, and so are 0.0 and -0.0. Raises UserError for an error outside 0.003 to 0.25.
+
+    >>> Distinct("tailnum").type("VARCHAR")
+    'BIGINT'
+    """
+
+    expr: Sql
+    _: dataclasses.KW_ONLY
+    error: float = 0.02
+
+    def __post_init__(self) -> None:
+        _bounded(self, self.error, 0.003)
+
+    def states(self, kind: str) -> tuple[State, ...]:
+        return (Hashed(self.expr, self.where, kind, self.error),)
+
+    def result(self, kind: str) -> Sql:
+        (state,) = self.states(kind)
+        assert isinstance(state, Hashed)
+        return state.count()
+
+    def type(self, kind: str) -> str:
+        return "BIGINT"
+
+
+def _bounded(measure: Quantile | Distinct, error: float, least: float) -> None:
+    if not least <= error <= 0.25:
+        name = f"{type(measure).__name__}({measure.expr!r}, error={error!r})"
+        raise UserError(f"{name}: the error is {least} to 0.25; 0.01 is one percent")

@@ -131,8 +131,8 @@ class FloatSummed(State):
         }
 
     def merge(self) -> dict[str, Sql]:
-        whole, part, dust, rest = self.columns()
-        return {**{name: f"sum({name})" for name in (whole, part, rest)}, dust: f"nullif(sum({dust}), 0)"}
+        sums = {name: f"sum({name})" for name in self.columns()}
+        return {**sums, f"{self.column}_dust": f"nullif(sum({self.column}_dust), 0)"}
 
     def total(self) -> Sql:
         """The sum, DOUBLE, within 2 units in the last place; null without values.
