@@ -12,7 +12,7 @@ over a neighbouring range then finds files that end where it begins.
 
 Tables are not partitioned by date. A view of 117,000 rows and a year took 0.36 s to stage as 365 files and 0.025 s as
 one, and a query over all of it 28 ms and 4.5 ms; least and greatest values prune as well. The price is paid by a run
-over a range, for the rows beside it in the same files: 0.3 CPU-s and 90 MB at most per million rows, measured on 12M.
+over a range, for the rows beside it in the same files: 0.3 CPU-s per million rows, in 90 MB (measured on 12M).
 """
 
 import contextlib
@@ -90,7 +90,7 @@ class Delta:
     def commit(self, staged: pa.Table, *, token: str, version: int, replace: Replace) -> Commit:
         """Each attempt looks first whether it is there: so after a conflict, and after an outcome nobody knows."""
         before, failed = None, None  # the log's version when the last try began, and how that ended
-        for _ in range(ATTEMPTS):
+        for attempt in range(ATTEMPTS + 1):
             table = self._load()
             if (done := self._done(table, token, version)) is not None:
                 self._sweep(version)
@@ -98,6 +98,8 @@ class Delta:
             now = None if table is None else table.version()
             if failed is not None and not _overtaken(failed, before, now):
                 raise self._folder.told(failed)
+            if attempt == ATTEMPTS:
+                break
             before = now
             try:
                 self._write(table, staged, token, version, replace)

@@ -216,6 +216,13 @@ def test_without_an_end_to_the_rivals_it_gives_up(table: Delta, monkeypatch: pyt
     assert [v for _, v in content(table)].count(0) == 1
 
 
+def test_the_last_try_counts(table: Delta, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(table, rows(0))
+    interrupted(monkeypatch, before=lambda: foreign(table, 8), times=9)
+    put(table, rows(1))
+    assert [v for _, v in content(table)].count(0) == 2
+
+
 def test_two_that_create_the_table_at_once(table: Delta, monkeypatch: pytest.MonkeyPatch) -> None:
     mine, load = stage(table, rows(1)), Delta._load
 
