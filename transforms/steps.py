@@ -5,7 +5,7 @@ An expression is SQL text, DuckDB dialect, over the columns of the row as the st
 
 import sys
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -304,18 +304,18 @@ class Protect(Step):
             to.scope.types[name] = "VARCHAR"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Apply(Step):
     """A row-local function of an Arrow table: as many rows, in the same order, with the columns of ``adds`` (Python
     types as in a row class) set. ``pipelines.testing.run`` re-cuts its batches to see that it is row-local."""
 
-    function: Callable[[pa.Table], pa.Table] = field(default=None)  # type: ignore[assignment]
-    _: KW_ONLY
-    adds: Any = field(default_factory=dict)
+    function: Callable[[pa.Table], pa.Table]
+    adds: tuple[tuple[str, Any], ...]
 
-    def __post_init__(self) -> None:
-        if not callable(self.function) or not self.adds:
-            raise StepError("Apply(function, adds={name: type}): a function of a table, and the columns that it adds")
+    def __init__(self, function: Callable[[pa.Table], pa.Table], *, adds: dict[str, Any]) -> None:
+        if not callable(function):
+            raise StepError(f"Apply({function!r}): a function of a table, and adds={{name: type}} for its new columns")
+        _set(self, function=function, adds=_named("Apply", adds, "Apply(function, adds={'score': float})"))
 
     def build(self, to: Builder) -> None:
         row = type("Adds", (), {"__annotations__": dict(self.adds)})
