@@ -10,6 +10,7 @@ import json
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -187,7 +188,7 @@ class SqliteStore:
         try:
             for setting in _SETTINGS:
                 connection.execute(f"PRAGMA {setting}")
-            _prepare(connection, self.path)
+            _prepare(connection, self.path, self.timeout)
         except BaseException:
             connection.close()
             raise
@@ -198,14 +199,14 @@ def _reopen(path: str, timeout: float) -> SqliteStore:
     return SqliteStore(path, timeout=timeout)
 
 
-def _prepare(connection: sqlite3.Connection, path: str) -> None:
+def _prepare(connection: sqlite3.Connection, path: str, timeout: float) -> None:
     """Makes a new file a store, once, whoever comes first."""
 
     def version() -> int:
         return connection.execute("PRAGMA user_version").fetchone()[0]  # type: ignore[no-any-return]
 
     if version() == 0:
-        connection.execute("PRAGMA journal_mode = WAL")
+        _log_ahead(connection, time.monotonic() + timeout)
         connection.execute("BEGIN IMMEDIATE")
         if version() == 0:
             for statement in (*_CATALOG, f"PRAGMA user_version = {_FORMAT}"):
@@ -213,6 +214,18 @@ def _prepare(connection: sqlite3.Connection, path: str) -> None:
         connection.execute("COMMIT")
     if version() != _FORMAT:
         raise UserError(f"store {path}: of format {version()}, this release reads {_FORMAT}; name another file")
+
+
+def _log_ahead(connection: sqlite3.Connection, deadline: float) -> None:
+    """Sets the journal mode. Of several processes at a new file, this statement alone fails instead of waiting."""
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def _pointer(connection: sqlite3.Connection, view: str) -> Pointer | None:
