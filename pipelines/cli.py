@@ -171,6 +171,17 @@ def list_() -> None:
 
 
 @cli.command(context_settings=_CONTEXT)
+@click.argument("pipeline")
+@_SET
+def describe(pipeline: str, parameters: Sequence[tuple[str, str]]) -> None:
+    """Tell a definition: schema, steps, the SQL they become, and the source columns of every column."""
+    from pipelines import definition
+    from pipelines import describe as telling
+
+    click.echo(telling.describe(definition.load(pipeline, **dict(parameters))))
+
+
+@cli.command(context_settings=_CONTEXT)
 @click.argument("sql")
 @_WAREHOUSE
 @_JSON
