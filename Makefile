@@ -21,8 +21,8 @@ test: install  ## run the tests  (ARGS="tests/io -k delta" for some of them)
 check: install types  ## ruff, mypy strict, and the import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy .types/pipelines tests benchmarks setup.py
-	cd .types && ../$(BIN)/lint-imports --config ../pyproject.toml --no-logo
+	cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache .
+	cd .types && ../$(BIN)/lint-imports --config ../pyproject.toml --cache-dir ../.import_linter_cache --no-logo
 
 bench: install  ## measure against DuckDB, Polars, PySpark and per-row Beam; writes docs/benchmarks.md
 	$(BIN)/uv pip install -q --python $(BIN)/python --compile-bytecode -c constraints.txt -e '.[bench]'
@@ -35,11 +35,14 @@ clean:  ## remove what was made: the environment, caches, builds (data/ stays)
 	rm -rf .venv .types build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 # The packages laid out as Python sees them, by links: mypy and import-linter read files and do not follow __path__.
+# They run in there: next to the folder io, mypy would take that for Python's io.
 types:
-	@rm -rf .types; for folder in . examples transforms io runners; do mkdir -p .types/pipelines/$$folder; done
-	@ln -s $(CURDIR)/pipelines/*.py $(CURDIR)/pipelines/py.typed .types/pipelines
-	@ln -s $(CURDIR)/pipelines/examples/*.py .types/pipelines/examples
-	@for folder in transforms io runners; do ln -s $(CURDIR)/$$folder/*.py .types/pipelines/$$folder; done
+	@for folder in . examples transforms io runners; do mkdir -p .types/pipelines/$$folder; done
+	@find -L .types -type l -delete
+	@ln -sfn $(CURDIR)/tests $(CURDIR)/benchmarks $(CURDIR)/setup.py .types
+	@ln -sf $(CURDIR)/pipelines/*.py $(CURDIR)/pipelines/py.typed .types/pipelines
+	@ln -sf $(CURDIR)/pipelines/examples/*.py .types/pipelines/examples
+	@for folder in transforms io runners; do ln -sf $(CURDIR)/$$folder/*.py .types/pipelines/$$folder; done
 
 .venv/.installed: setup.py pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv

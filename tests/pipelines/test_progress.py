@@ -34,7 +34,12 @@ def test_the_bar_is_the_share_done(done: int, full: int) -> None:
 
 def test_readers_on_many_threads_lose_no_row() -> None:
     counted.expect(4000)
-    threads = [threading.Thread(target=lambda: [counted.advance(1) for _ in range(1000)]) for _ in range(4)]
+
+    def read() -> None:
+        for _ in range(1000):
+            counted.advance(1)
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
