@@ -27,6 +27,9 @@ LONGEST = 64 << 20
 Ends = npt.NDArray[np.int64]
 """Where records end in a block: one past their line feed."""
 
+SCAN = 8 << 20
+"""Bytes looked at together for quotes."""
+
 _BOM = b"\xef\xbb\xbf"
 _RAW_TABLE = pa.schema([SOURCE, OFFSET, RAW])
 
@@ -185,7 +188,7 @@ def record_ends(data: bytes, form: Csv) -> Ends:
     >>> record_ends(b'1,"a\\nb"\\n2,c\\n3', Csv(("x", "y"))).tolist()
     [8, 12]
     """
-    if form.quote.encode() not in data:
+    if not form.quote or form.quote.encode() not in data:
         return line_ends(data)
     array = np.frombuffer(data, np.uint8)
     quotes = np.flatnonzero(array == ord(form.quote))
@@ -225,16 +228,16 @@ def _quoted_cuts(handle: IO[bytes], form: Csv, start: int, step: int) -> list[in
     handle.seek(start)
     cuts: list[int] = []
     at, inside, before, wanted = start, False, 10, start + step
-    while block := handle.read(8 << 20):
+    while block := handle.read(SCAN):
         array = np.frombuffer(block, np.uint8)
         quotes = np.flatnonzero(array == ord(form.quote)) if form.quote.encode() in block else np.empty(0, np.int64)
         if not _regular(array, quotes[1:] if inside else quotes, form, before):
             return []
         if at + len(block) > wanted:
-            feeds = np.flatnonzero(array[max(wanted - at, 0) :] == 10) + max(wanted - at, 0)
-            outside = feeds[(np.searchsorted(quotes, feeds) + inside) % 2 == 0]
-            if len(outside):
-                cuts.append(at + int(outside[0]) + 1)
+            feeds = np.flatnonzero(array == 10)
+            ends = feeds[(np.searchsorted(quotes, feeds) + inside) % 2 == 0] + at + 1
+            while (next_end := np.searchsorted(ends, wanted)) < len(ends):
+                cuts.append(int(ends[next_end]))
                 wanted = cuts[-1] + step
         inside, before, at = bool((len(quotes) + inside) % 2), block[-1], at + len(block)
     return [] if inside else [cut for cut in cuts if cut < at]

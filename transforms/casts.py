@@ -16,7 +16,7 @@ from pipelines.transforms.schema import UTC_MICROS, Field
 Converter = Callable[[pa.Array], pa.Array]
 
 _EXACT = 2.0**53
-"""Every int up to here is a float."""
+"""Every int below is a float of its own."""
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -175,7 +175,7 @@ def _rescue_text(distinct: pa.Array, converter: Converter, field: Field) -> pa.A
 def _whole(values: pa.Array) -> pa.Array:
     """Whole numbers written as floats (``517.0``), as far as a float holds every int."""
     numbers = _float(values)
-    if pc.any(pc.greater(pc.abs(numbers), _EXACT)).as_py():
+    if pc.any(pc.greater_equal(pc.abs(numbers), _EXACT)).as_py():
         raise pa.ArrowInvalid("past the integers a float holds")
     return numbers.cast(pa.int64())
 
@@ -185,5 +185,5 @@ def lacks_offset(values: pa.Array, field: Field) -> pa.BooleanArray:
     if field.column.timezone is None and is_text(values.type):
         tidy = pc.replace_substring_regex(pc.utf8_trim_whitespace(values), r"(\.\d{6})\d+", r"\1")
         return salvage(tidy, lambda some: some.cast(pa.timestamp("us")), pa.timestamp("us")).is_valid()
-    naive = field.column.timezone is None and pa.types.is_temporal(values.type)
-    return pa.repeat(pa.scalar(naive), len(values))
+    naive = pa.types.is_date(values.type) or (pa.types.is_timestamp(values.type) and values.type.tz is None)
+    return pa.repeat(pa.scalar(naive and field.column.timezone is None), len(values))

@@ -72,6 +72,8 @@ class Decoder:
         refused = table.take(pa.array(bad))
         if raw:
             refused = refused.set_column(refused.schema.get_field_index(RAW.name), RAW, bare(refused[RAW.name]))
+        else:
+            refused = _printable(refused)
         name = form.name if form is not None else "json"
         return Decoded(good, self._refuse(refused, reason, detail, name))
 
@@ -147,6 +149,8 @@ class Decoder:
     def _detail(self, values: pa.ChunkedArray | None, fault: Fault) -> list[str]:
         if values is None:
             return [fault.reason] * len(fault.rows)
+        if pa.types.is_temporal(values.type):
+            values = values.cast(pa.string())  # Python's own times do not go as far
         # A shifted line puts one column's value in another's place: with personal columns, no value is shown at all.
         if self.schema.personal:
             return [f"{fault.reason}, a value of {len(str(value))} characters" for value in values.to_pylist()]
@@ -202,6 +206,17 @@ def _form_of(schema: pa.Schema) -> Form | None:
     forms: dict[object, type[Form]] = {form.name: form for form in (Csv, Json, Avro)}
     form = forms[noted.pop("form")]
     return form(**{name: tuple(value) if isinstance(value, list) else value for name, value in noted.items()})
+
+
+def _printable(rows: pa.Table) -> pa.Table:
+    """The rows with times as text where a time is past what µs hold, which no JSON writer takes."""
+    for at, field in enumerate(rows.schema):
+        if pa.types.is_timestamp(field.type):
+            try:
+                rows[field.name].cast(pa.timestamp("us", field.type.tz), safe=field.type.unit != "ns")
+            except pa.ArrowInvalid:
+                rows = rows.set_column(at, field.name, rows[field.name].cast(pa.string()))
+    return rows
 
 
 def _at(parsed: Parsed, rows: Rows) -> Rows:

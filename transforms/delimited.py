@@ -42,43 +42,38 @@ class Csv:
         faults = Faults()
         refuse_not_utf8(raw, faults)
         self._refuse_empty(raw, faults)
-        table, wrong = self._read(raw, wanted, faults)
-        if table is None:
+        table: pa.Table | None = None
+        wrong: dict[int, int] = {}
+        if not len(faults) and self._plain(raw):
+            table, wrong = self._records(raw, wanted)
+        if table is None or len(table) + len(wrong) != len(raw):
             self._refuse_torn(raw, faults)
-            table, wrong = self._read(raw, wanted, faults)
-            assert table is not None, "a record of one payload did not parse as one record"
+            whole = raw.take(pa.array(faults.others(len(raw)))) if len(faults) else raw
+            table, wrong = self._records(whole, wanted)
+            assert len(table) + len(wrong) == len(whole), "one whole record did not parse as one"
         kept = faults.others(len(raw)) if len(faults) else np.arange(len(raw))
         for row, fields in wrong.items():
             few = "too few fields" if fields < len(self.columns) else "too many fields"
             faults.add([kept[row]], few, f"{fields} fields, the header has {len(self.columns)}")
         return Parsed(table, np.delete(kept, list(wrong)) if len(faults) else None, faults)
 
-    def _read(
-        self, raw: pa.LargeBinaryArray, wanted: Sequence[str], faults: Faults
-    ) -> tuple[pa.Table | None, dict[int, int]]:
-        """The columns of the payloads without faults, and the number of fields of those that have the wrong number, by
-        their position among them; None when some payload is not one record.
-
-        A quote that never closes takes the records after it, and a carriage return within makes one more: the count
-        shows it, once there are no such returns and the last payload is whole.
+    def _plain(self, raw: pa.LargeBinaryArray) -> bool:
+        """Whether a count of records shows that each payload is one: a quote that never closes takes the records after
+        it, unless it is in the last payload, and a carriage return on its own makes one more.
         """
-        if len(faults):
-            raw = raw.take(pa.array(faults.others(len(raw))))
-        if not len(raw):
-            return pa.table({name: pa.array([], pa.string()) for name in wanted}), {}
-        data = _joined(raw)
-        if _stray_returns(data) or not self._whole(raw[-1].as_py()):
-            return None, {}
-        table, wrong = self._records(data, wanted)
-        return (table if len(table) + len(wrong) == len(raw) else None), wrong
+        return not len(raw) or (self._whole(raw[-1].as_py()) and not _stray_returns(_joined(raw)))
 
-    def _records(self, data: pa.Buffer, wanted: Sequence[str]) -> tuple[pa.Table, dict[int, int]]:
+    def _records(self, raw: pa.LargeBinaryArray, wanted: Sequence[str]) -> tuple[pa.Table, dict[int, int]]:
+        """The wanted columns, and how many fields those payloads have that have the wrong number."""
         wrong: dict[int, int] = {}
 
         def skip(row: pa.csv.InvalidRow) -> str:
             wrong[row.number - 1] = row.actual_columns
             return "skip"
 
+        if not len(raw):
+            return pa.table({name: pa.array([], pa.string()) for name in wanted}), wrong
+        data = _joined(raw)
         # Text for every type: Arrow's CSV reader parses some values otherwise than its casts (a decimal past its
         # precision comes out as another number), and a value must mean the same whatever its batch.
         table = pa.csv.read_csv(
