@@ -126,6 +126,16 @@ def test_a_row_of_the_run_wins_over_one_carried_over(store: Store) -> None:
     assert content(store.scan("v")) == content(table(("a", 0, 2), ("b", 0, 1)))
 
 
+def test_a_row_deleted_in_a_batch_generation_is_not_carried_over(store: Store) -> None:
+    generation = store.begin("v", SCHEMA, KEYS)
+    store.upsert("v", table(("a", 0, 1), ("b", 0, 1)), generation=generation)
+    store.delete("v", table(("a", 0, 0)), generation=generation, version=1)
+    store.flip({"v": Pointer(generation, 0)})
+    generation = store.begin("v", SCHEMA, KEYS, Range(5 * HOUR, None))
+    store.flip({"v": Pointer(generation, 0)})
+    assert content(store.scan("v")) == content(table(("b", 0, 1)))
+
+
 def test_a_range_needs_the_definition_of_the_rows_it_keeps_and_a_whole_run_does_not(store: Store) -> None:
     finished(store, table(("1", 0, 1)))
     numbers = pa.table({"sensor": [1], "window_start": pa.array([HOUR], UTC_MICROS), "n": [5]})
