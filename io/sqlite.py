@@ -24,10 +24,9 @@ from pipelines.transforms.errors import UserError
 _FORMAT = 1  # user_version of the file
 
 _CATALOG = (
-    "CREATE TABLE pointers (view TEXT PRIMARY KEY, boundary INTEGER, generation INTEGER, begun INTEGER NOT NULL)"
-    " STRICT",
+    "CREATE TABLE pointers (view TEXT PRIMARY KEY, boundary INTEGER, generation INTEGER, begun INTEGER NOT NULL)",
     "CREATE TABLE generations (view TEXT, generation INTEGER, keys TEXT NOT NULL, columns BLOB NOT NULL,"
-    " PRIMARY KEY (view, generation)) STRICT",
+    " PRIMARY KEY (view, generation))",
 )
 
 _SETTINGS = (
@@ -55,7 +54,7 @@ class SqliteStore:
 
     >>> starts = pa.array([0, 0], pa.timestamp("us", "UTC"))
     >>> rows = pa.table({"sensor": ["a", "b"], "window_start": starts, "readings": [1, 2]})
-    >>> with SqliteStore("/tmp/pipelines-doctest/store.db") as store:
+    >>> with SqliteStore(":memory:") as store:
     ...     generation = store.begin("by_hour", rows.schema, ("sensor", "window_start"))
     ...     written = store.upsert("by_hour", rows, generation=generation)
     ...     store.flip({"by_hour": Pointer(generation, boundary=3_600_000_000)})
@@ -236,8 +235,9 @@ def _pointer(connection: sqlite3.Connection, view: str) -> Pointer | None:
 
 def _number(connection: sqlite3.Connection, view: str) -> int:
     """The view's next generation: never one that was given before."""
-    counted = "INSERT INTO pointers (view, begun) VALUES (?, 1) ON CONFLICT DO UPDATE SET begun = begun + 1"
-    return connection.execute(f"{counted} RETURNING begun", (view,)).fetchall()[0][0]  # type: ignore[no-any-return]
+    counted = "INSERT INTO pointers (view, begun) VALUES (?, 1) ON CONFLICT (view) DO UPDATE SET begun = begun + 1"
+    connection.execute(counted, (view,))
+    return connection.execute("SELECT begun FROM pointers WHERE view = ?", (view,)).fetchone()[0]  # type: ignore[no-any-return]
 
 
 def _generations(connection: sqlite3.Connection, view: str) -> set[int]:

@@ -64,11 +64,10 @@ class Layout:
             raise StoreConflict(f"view {self.view}: its keys are {now_by}, stored by {was_by}; {fix}")
 
     def create(self) -> str:
-        columns = [f"{quote(name)} ANY" for name in (*self.keys, *self.values)]
+        # Columns without a declared type: SQLite then keeps every value as it was given.
+        columns = [quote(name) for name in (*self.keys, *self.values)]
         columns += [f"{name} INTEGER NOT NULL" for name in _BOOKKEEPING]
-        return (
-            f"CREATE TABLE {self.table} ({', '.join(columns)}, PRIMARY KEY ({_list(self.keys)})) STRICT, WITHOUT ROWID"
-        )
+        return f"CREATE TABLE {self.table} ({', '.join(columns)}, PRIMARY KEY ({_list(self.keys)})) WITHOUT ROWID"
 
     def upsert(self, version: int, deleted: bool) -> str:
         given = self.keys if deleted else (*self.keys, *self.values)
@@ -76,7 +75,7 @@ class Layout:
         return (
             f"INSERT INTO {self.table} ({_list((*given, *_BOOKKEEPING))})"
             f" VALUES ({'?, ' * len(given)}{version:d}, {deleted:d})"
-            f" ON CONFLICT DO UPDATE SET {', '.join(replaced)} WHERE excluded._version > _version"
+            f" ON CONFLICT ({_list(self.keys)}) DO UPDATE SET {', '.join(replaced)} WHERE excluded._version > _version"
         )
 
     def carry_over(self, former: "Layout", replaced: Range) -> str:
