@@ -7,6 +7,7 @@ in any order and any split. Equal states have equal names, so measures that need
 import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 Sql = str
 
@@ -43,6 +44,8 @@ class State(ABC):
     ``columns`` are its columns, ``_`` + name + suffix, and their DuckDB types: what shuffle, warehouse and store hold.
     """
 
+    label: ClassVar[str]
+
     expr: Sql
     where: Sql | None
     kind: str
@@ -50,8 +53,8 @@ class State(ABC):
     @property
     def name(self) -> str:
         """Derived from the content, so equal in every process and release: ``sum_`` and 10 hex digits."""
-        content = "\0".join([str(VERSION), type(self).__name__, *map(repr, dataclasses.astuple(self))])
-        return f"{type(self).__name__.lower()}_{hashlib.blake2b(content.encode(), digest_size=5).hexdigest()}"
+        content = "\0".join([str(VERSION), self.label, *map(repr, dataclasses.astuple(self))])
+        return f"{self.label}_{hashlib.blake2b(content.encode(), digest_size=5).hexdigest()}"
 
     @property
     def column(self) -> str:
@@ -79,6 +82,8 @@ class State(ABC):
 class Counted(State):
     """How many values there are: BIGINT."""
 
+    label = "count"
+
     def columns(self) -> dict[str, str]:
         return {self.column: "BIGINT"}
 
@@ -93,6 +98,8 @@ class Counted(State):
 class Summed(State):
     """The sum of integers (DECIMAL(38,0)) or decimals (DECIMAL(38,scale)). Past 38 digits DuckDB raises."""
 
+    label = "sum"
+
     def columns(self) -> dict[str, str]:
         return {self.column: f"DECIMAL(38,{scale(self.kind)})"}
 
@@ -105,58 +112,48 @@ class Summed(State):
         return {self.column: f"sum({self.column})"}
 
 
+ONE = 1 << 56
+"""Fixed point of float sums: a value counts in units of 2^-56 (1.4e-17)."""
+
+GREAT, SMALL = 1 << 38, 2.0**-20
+"""Where float sums are exact: the greatest magnitude of the values is below 2^38 (2.7e11), and at least 1e-6 or 0."""
+
+
 @dataclasses.dataclass(frozen=True)
 class FloatSummed(State):
-    """The exact sum of doubles, in fixed point: three integers that any order adds up alike, and a remainder.
+    """The sum of doubles in fixed point, an integer that any order adds up alike, and as a double for all other values.
 
-    _whole counts ones, _part 2^-62, _dust 2^-124 (null without any): together every bit of 0 and of values from 2^-72
-    (2e-22) up to 2^62 (5e18). Each integer of a value is below 2^62, so 2^64 values fit. _rest is the plain sum of the
-    values that are smaller, larger, infinite or NaN (null without any): only there the order may show.
+    _units counts 2^-56 (each value is rounded to one: exact from 2^-4 up, within 7e-18 below), _reach is the greatest
+    magnitude, _plain the sum in whatever order it came. A reach below 2^38 leaves room for 2^32 values at it.
     """
 
+    label = "sum"
+
     def columns(self) -> dict[str, str]:
-        wide = {f"{self.column}_{suffix}": COUNTER for suffix in ("whole", "part", "dust")}
-        return {**wide, f"{self.column}_rest": "DOUBLE"}
+        return {f"{self.column}_units": COUNTER, f"{self.column}_plain": "DOUBLE", f"{self.column}_reach": "DOUBLE"}
 
     def partial(self, time: Sql) -> dict[str, Sql]:
-        usual = f"(abs({self.value}) < {ONE} AND (abs({self.value}) >= {TINY} OR {self.value} = 0))"
-        small = f"(CASE WHEN {usual} THEN {self.value}::DOUBLE END)"
-        fraction = f"(({small} - trunc({small})) * {ONE})"
-        whole, part, dust, rest = self.columns()
+        value = f"{self.value}::DOUBLE"
+        units, plain, reach = self.columns()
         return {
-            whole: f"sum(trunc({small})::BIGINT)::{COUNTER}",
-            part: f"sum(trunc({fraction})::BIGINT)::{COUNTER}",
-            dust: f"nullif(sum((({fraction} - trunc({fraction})) * {ONE})::BIGINT), 0)::{COUNTER}",
-            rest: f"sum(CASE WHEN NOT {usual} THEN {self.value}::DOUBLE END)",
+            units: f"sum((CASE WHEN abs({value}) < {GREAT}::DOUBLE THEN {value} * {ONE}::DOUBLE END)::HUGEINT)::{COUNTER}",
+            plain: f"sum({value})",
+            reach: f"max(abs({value}))",
         }
 
     def merge(self) -> dict[str, Sql]:
-        sums = {name: f"sum({name})" for name in self.columns()}
-        return {**sums, f"{self.column}_dust": f"nullif(sum({self.column}_dust), 0)"}
+        units, plain, reach = self.columns()
+        return {units: f"sum({units})", plain: f"sum({plain})", reach: f"max({reach})"}
 
     def total(self) -> Sql:
-        """The sum, DOUBLE, within 2 units in the last place; null without values.
+        """The sum, DOUBLE; null without values."""
+        units, plain, _ = self.columns()
+        return f"(CASE WHEN {self.exact()} THEN {units}::DOUBLE / {ONE}::DOUBLE ELSE {plain} END)"
 
-        Each carry goes to the nearest, so what is left is at most half a unit of the next and no digits cancel.
-        """
-        whole, part, dust, rest = self.columns()
-        carry, tail = _carried(f"coalesce({dust}, 0)")
-        carry, middle = _carried(f"({part}::HUGEINT + {carry})")
-        total = f"(({whole}::HUGEINT + {carry})::DOUBLE + ({middle}::DOUBLE + {tail}::DOUBLE / {ONE}) / {ONE})"
-        return f"(CASE WHEN {rest} IS NULL THEN {total} ELSE coalesce({total}, 0) + {rest} END)"
-
-
-ONE = "4611686018427387904.0::DOUBLE"
-"""2^62: a double below it has an integer part, and 62 bits of a fraction, that fit BIGINT."""
-
-TINY = f"{2.0**-72!r}::DOUBLE"
-"""2^-72: a double from it up has no bit below 2^-124."""
-
-
-def _carried(digits: Sql) -> tuple[Sql, Sql]:
-    """Digits of 2^-62 as (whole units, what is left), both HUGEINT."""
-    carry = f"round({digits}::DOUBLE / {ONE})::HUGEINT"
-    return carry, f"({digits}::HUGEINT - {carry} * 4611686018427387904)"
+    def exact(self) -> Sql:
+        """Whether the fixed point holds the sum."""
+        _, _, reach = self.columns()
+        return f"coalesce({reach} < {GREAT}::DOUBLE AND ({reach} >= {SMALL!r}::DOUBLE OR {reach} = 0), true)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,11 +179,14 @@ class _Extreme(State):
 class Least(_Extreme):
     """The least value, of the value's own type. NaN is above infinity, as in DuckDB and PostgreSQL."""
 
+    label = "min"
+
 
 @dataclasses.dataclass(frozen=True)
 class Greatest(_Extreme):
     """The greatest value, of the value's own type. NaN is above infinity, as in DuckDB and PostgreSQL."""
 
+    label = "max"
     function = "max"
 
 
@@ -206,11 +206,14 @@ class _Timed(_Extreme):
 class Earliest(_Timed):
     """The value of least event time, the least of several."""
 
+    label = "first"
+
 
 @dataclasses.dataclass(frozen=True)
 class Latest(_Timed):
     """The value of greatest event time, the greatest of several."""
 
+    label = "last"
     function = "max"
 
 
@@ -222,6 +225,8 @@ class Spread(State):
     null without any. All other values: _rest STRUCT(n, mean, m2), merged pair by pair in sorted order; NaN for a value
     that is not finite or whose square is not (1e150 and up).
     """
+
+    label = "variance"
 
     def columns(self) -> dict[str, str]:
         rest = {f"{self.column}_rest": "STRUCT(n BIGINT, mean DOUBLE, m2 DOUBLE)"}
