@@ -116,7 +116,8 @@ class Sum(Measure):
         return "BIGINT" if kind in INTEGERS and kind not in WIDE else f"DECIMAL(38,{scale(kind)})"
 
     def exact(self, kind: str) -> Sql:
-        return f"({self.states(kind)[0].column}_rest IS NULL)" if kind in FLOATS else "true"
+        state = self.states(kind)[0]
+        return state.exact() if isinstance(state, FloatSummed) else "true"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -128,7 +128,7 @@ def collapse(table: pa.Table, states: Iterable[State], *, final: bool = False) -
 
 def _blockwise(state: Sketch, raw: Lists, packed: Lists) -> tuple[Lists, Lists]:
     """Some groups at a time: their keys fit 63 bits, their arrays the cache."""
-    sizes = np.cumsum(raw.lengths + packed.lengths + BLOCK // GROUPS)
+    sizes = np.cumsum(raw.lengths + packed.lengths + 2 * BLOCK // GROUPS)
     bounds = np.unique(np.concatenate([[0], np.searchsorted(sizes, np.arange(BLOCK, sizes[-1], BLOCK)), [len(sizes)]]))
     raws, packs = zip(*map(state.collapsed, raw.cut(bounds), packed.cut(bounds)), strict=True)
     return Lists.joined(raws), Lists.joined(packs)
@@ -150,6 +150,8 @@ class Ranked(Sketch):
     The logarithm is the quadratic interpolation of the DDSketch libraries: of basic operations, so equal everywhere.
     _raw DOUBLE[], _packed BIGINT[]: bucket * 2^40 + count, ascending. NaN is above infinity.
     """
+
+    label = "quantile"
 
     @property
     def width(self) -> float:
@@ -196,7 +198,9 @@ class Ranked(Sketch):
         step = f"CASE WHEN a < 0 THEN a WHEN a < {count} THEN -2 * i - (a = {count} - 1)::BIGINT ELSE a - {count} END"
         place = f"list_reduce({self.packed}, lambda a, x, i: {step}, floor(r)::BIGINT)"
         ends = f"[{self.packed}[-a // 2], {self.packed}[(1 - a) // 2]]"
-        between = "CASE WHEN v[1] = v[2] THEN v[1] ELSE v[1] + (v[2] - v[1]) * (r - floor(r)) END"
+        between = (
+            "CASE WHEN r = floor(r) OR v[1] = v[2] THEN v[1] ELSE v[1] * (1 - r + floor(r)) + v[2] * (r - floor(r)) END"
+        )
         values = f"list_transform({ends}, lambda c: {self._middle('(c >> 40)')})"
         found = f"list_transform([{place}], lambda a: list_transform([{values}], lambda v: {between})[1])[1]"
         sketched = f"list_transform([{q!r}::DOUBLE * ({total} - 1)], lambda r: {found})[1]"
@@ -224,6 +228,8 @@ class Hashed(Sketch):
     _raw BIGINT[]: the hashes, perhaps repeated; two values share one by a chance of 2^-48. _packed INTEGER[]: the
     registers that are set, place * 64 + rank, ascending; their number 2^p gives a standard error of at most ``error``.
     """
+
+    label = "distinct"
 
     @property
     def p(self) -> int:

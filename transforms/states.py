@@ -134,9 +134,10 @@ class FloatSummed(State):
 
     def partial(self, time: Sql) -> dict[str, Sql]:
         value = f"{self.value}::DOUBLE"
+        fixed = f"(CASE WHEN abs({value}) < {GREAT}::DOUBLE THEN {value} * {ONE}::DOUBLE END)::HUGEINT"
         units, plain, reach = self.columns()
         return {
-            units: f"sum((CASE WHEN abs({value}) < {GREAT}::DOUBLE THEN {value} * {ONE}::DOUBLE END)::HUGEINT)::{COUNTER}",
+            units: f"sum({fixed})::{COUNTER}",
             plain: f"sum({value})",
             reach: f"max(abs({value}))",
         }

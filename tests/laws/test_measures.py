@@ -159,10 +159,10 @@ def _same(pairs: Pairs, expected: Any) -> Any:
 
 
 def _ulps(pairs: Pairs, expected: Any) -> Any:
-    """Two units in the last place; where a float is out of the range of exact sums, what another order may lose."""
-    if all(abs(value) < 2**62 and (abs(value) >= 2**-72 or value == 0) for _, value in pairs):
-        return 2 * math.ulp(expected)
-    return 1e-9 * _size(pairs)
+    """What rounding each value to 2^-56 loses, or, out of the range of exact sums, another order of adding."""
+    if 2**-20 <= _size(pairs) < 2**38:
+        return len(pairs) * 2**-57 + 2 * math.ulp(expected)
+    return 1e-12 * _size(pairs) * len(pairs)
 
 
 def _size(pairs: Pairs) -> float:
