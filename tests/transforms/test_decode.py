@@ -526,7 +526,7 @@ EVENT = {
 def record(**changes: Any) -> bytes:
     sink = pa.BufferOutputStream()
     fastavro.schemaless_writer(sink, fastavro.parse_schema(SCHEMA), {**EVENT, **changes})
-    return sink.getvalue().to_pybytes()
+    return bytes(sink.getvalue())
 
 
 def test_avro_messages_become_rows() -> None:
