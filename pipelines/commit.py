@@ -108,6 +108,7 @@ class Commit(beam.DoFn):  # type: ignore[misc]
         facts: dict[str, Any] = {
             "rows": dict(counts.rows),
             "rejected": dict(counts.reasons),
+            "dropped": {part: dict(reasons) for part, reasons in counts.dropped.items()},
             "unmatched": {name: {reason: n for reason, n in of.items() if n} for name, of in counts.unmatched.items() if any(of.values())},
             "views": {
                 name: {"rows": view.rows, "digest": f"{view.digest:016x}", "complete_through": _iso(view.boundary)}

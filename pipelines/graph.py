@@ -109,7 +109,8 @@ def build(root: beam.Pipeline, run: Prepared, *, spill: Path | None = None) -> N
     if source.identities:
         first = rows | "dedupe" >> _dedupe(run, spill, cipher)
         rows, dead, tallies = first.rows, [*dead, first.dead], [*tallies, first.tallies]
-    clean = rows | "clean" >> Clean(run.plan.chain, _read_range(run), sides, cipher)
+    chain = dataclasses.replace(run.plan.chain, format=_format(run))
+    clean = rows | "clean" >> Clean(chain, _read_range(run), sides, cipher)
     dead.append(clean.dead)
     tallies.append(clean.tallies)
     staged: dict[str, Iterable[beam.PCollection]] = {}
@@ -142,10 +143,15 @@ def _dedupe(run: Prepared, folder: Path | None, cipher: Cipher | None) -> Dedupe
         identity,
         tuple(run.schema.names),
         pipeline=run.pipeline.name,
-        format=run.history.splits[0].format if run.history.splits else "json",
+        format=_format(run),
         spill=None if folder is None else Spill(folder, identity, parts),
         cipher=cipher,
     )
+
+
+def _format(run: Prepared) -> str:
+    """How the bytes of a refused row are read."""
+    return run.history.splits[0].format if run.history.splits else "json"
 
 
 def _list(root: beam.Pipeline, parts: list[beam.PCollection], number: int) -> beam.pvalue.AsList:
@@ -156,7 +162,7 @@ def _list(root: beam.Pipeline, parts: list[beam.PCollection], number: int) -> be
 def _read_range(run: Prepared) -> Between:
     """Rows of the windows that start in the range: those of the last of them may lie behind its end."""
     longest = max((view.window.longest or 0 for view in run.views), default=0)
-    return Between(run.pipeline.source.event_time, run.start, None if run.stop is None else run.stop + longest)
+    return Between(run.plan.event_time, run.start, None if run.stop is None else run.stop + longest)
 
 
 def _inside(rows: beam.PCollection, run: Prepared) -> beam.PCollection:

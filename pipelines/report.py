@@ -27,13 +27,15 @@ class ViewFacts(TypedDict):
 class Facts(TypedDict):
     """What the graph's commit step writes to ``Deployment.facts`` as JSON. Times: ISO 8601 with offset.
 
-    rows: source rows by counter. rejected: by reason. unmatched: look-ups without a match, by dimension and reason.
+    rows: source rows by counter. rejected: by reason. dropped: rejected or filtered behind that, by part ("view:x",
+    "exploded") and reason. unmatched: look-ups without a match, by dimension and reason.
     boundary: the time up to which the batch layer now speaks. first, last: the least and greatest event time kept.
     skipped: views that a range of event times cannot recompute.
     """
 
     rows: dict[str, int]
     rejected: dict[str, int]
+    dropped: dict[str, dict[str, int]]
     unmatched: dict[str, dict[str, int]]
     views: dict[str, ViewFacts]
     boundary: str | None
@@ -91,6 +93,7 @@ class Report:
             "history": masked(self.deployment.history),
             "rows": facts["rows"],
             "rejected": facts["rejected"],
+            "dropped": facts["dropped"],
             "unmatched": facts["unmatched"],
             "views": facts["views"],
             "boundary": facts["boundary"],
@@ -107,12 +110,15 @@ class Report:
     def counts(self) -> str:
         """The conservation law, what was rejected and why, look-ups without a match."""
         facts = self.facts
-        equation = Conservation(facts["rows"], {}, {}, {}).equation()
+        equation = Conservation(facts["rows"], {}, {}, {}, {}).equation()
         lines = ["", f"  {equation}   ✓"]
         rules = {name: sql for check in _checks(self.pipeline) for name, sql in check.rules}
         width = max((len(f"{rows:,}") for rows in facts["rejected"].values()), default=0)
         for reason, rows in sorted(facts["rejected"].items(), key=lambda item: (-item[1], item[0])):
             lines.append(f"  rejected   {rows:>{width},}  {reason:16} {rules.get(reason, '')}".rstrip())
+        for part, reasons in sorted(facts["dropped"].items()):
+            told = (f"{reason} {rows:,}" for reason, rows in sorted(reasons.items()))
+            lines.append(f"  dropped    {part.replace(':', ' ')}: {', '.join(told)}")
         if misses := [_miss(name, reasons) for name, reasons in sorted(facts["unmatched"].items())]:
             lines.append(f"  unmatched  {' · '.join(misses)}")
         return "\n".join(lines)

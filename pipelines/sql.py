@@ -25,10 +25,11 @@ Lineage = dict[str, frozenset[str]]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a pipeline compiles to. columns: the source's columns that a run must read. lineage: by table, each column's
-    source columns (``column``, or ``dimension.column``)."""
+    """What a pipeline compiles to. columns: the source's columns that a run must read. event_time: SQL over them.
+    lineage: by table, each column's source columns (``column``, or ``dimension.column``)."""
 
     columns: tuple[str, ...]
+    event_time: str
     chain: Chain
     views: tuple[ViewPlan, ...]
     lineage: dict[str, Lineage]
@@ -42,7 +43,7 @@ def compile(pipeline: "Pipeline") -> Plan:
     """
     types = arrow_types(pipeline.source.schema.arrow)
     builder = Builder(pipeline.name, Scope(types, {name: frozenset({name}) for name in types}), "source")
-    _event_time(builder, pipeline.source.event_time)
+    event_time = _event_time(builder, pipeline.source.event_time)
     _steps(builder, pipeline)
     chain = builder.chain(shared=True)
     lineage, plans, used = {"events": dict(builder.scope.lineage)}, [], set(builder.used)
@@ -53,10 +54,11 @@ def compile(pipeline: "Pipeline") -> Plan:
         lineage[view.name] = sources
     every = tuple(pipeline.source.schema.names)
     whole = pipeline.events or pipeline.source.identity is not None
-    return Plan(every if whole else tuple(name for name in every if name in used), chain, tuple(plans), lineage)
+    columns = every if whole else tuple(name for name in every if name in used)
+    return Plan(columns, event_time, chain, tuple(plans), lineage)
 
 
-def _event_time(to: Builder, sql: str) -> None:
+def _event_time(to: Builder, sql: str) -> str:
     to.where = f"{to.where} event_time"
     found = to.check(sql, TIME)
     code = to.reason("null event time", sql)
@@ -65,6 +67,7 @@ def _event_time(to: Builder, sql: str) -> None:
     to.scope.put("event_time", TIME, sources)
     if sql in found.columns:
         to.alias(sql)
+    return found.sql
 
 
 def _steps(to: Builder, owner: "Pipeline | View") -> None:
@@ -85,6 +88,7 @@ def _view(pipeline: "Pipeline", view: "View", scope: Scope) -> tuple[ViewPlan, L
     lineage = {name: to.scope.lineage[name] for name in view.by} | dict.fromkeys(
         ("window_start", "window_end"), to.scope.lineage["event_time"]
     )
+    to.label = f"view {view.name!r}"
     measures: list[_Measured] = []
     answers = keys | dict.fromkeys(("window_start", "window_end"), TIME)
     for name, measure in view.measures:
@@ -94,12 +98,15 @@ def _view(pipeline: "Pipeline", view: "View", scope: Scope) -> tuple[ViewPlan, L
         lineage[name] = made.sources.union(*(lineage[column] for column in made.columns))
         measures.append(made)
     needed = to.used.union(*lineage.values(), to.scope.lineage["event_time"])
-    return _plan(view, chain, to.scope, measures), lineage, set(needed)
+    to.select({}, [(made.value, to.failure(made.name, made.value)) for made in measures if made.value])
+    return _plan(view, chain, to.scope, measures, to.chain(shared=False).tried()), lineage, set(needed)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Measured:
-    """A measure over states or, where ``derived``, an expression over the answers before it (``columns``)."""
+    """A measure over states or, where ``derived``, an expression over the answers before it (``columns``).
+
+    value: what it aggregates, if anything; that may fail in a row."""
 
     name: str
     sql: str
@@ -109,6 +116,7 @@ class _Measured:
     derived: bool = False
     sources: frozenset[str] = frozenset()
     columns: frozenset[str] = frozenset()
+    value: str = ""
 
 
 def _measure(name: str, measure: Measure | str, to: Builder, answers: dict[str, str]) -> _Measured:
@@ -128,10 +136,13 @@ def _measure(name: str, measure: Measure | str, to: Builder, answers: dict[str, 
     measure = dataclasses.replace(measure, **checked)
     states = measure.states(kind)
     sources = to.scope.sources(*(read for read in (value, where) if read))
-    return _Measured(name, measure.result(kind), measure.type(kind), states, measure.exact(kind), sources=sources)
+    what = value.sql if value else "true"
+    what = f"CASE WHEN ({where.sql}) THEN ({what}) END" if where else what
+    made = measure.result(kind), measure.type(kind), states, measure.exact(kind)
+    return _Measured(name, *made, sources=sources, value=what if sources else "")
 
 
-def _plan(view: "View", chain: Chain | None, scope: Scope, measures: list[_Measured]) -> ViewPlan:
+def _plan(view: "View", chain: Chain | None, scope: Scope, measures: list[_Measured], guard: Chain) -> ViewPlan:
     keys = [quote(name) for name in view.by]
     states = tuple(dict.fromkeys(state for measure in measures for state in measure.states))
     columns = {name: kind for state in states for name, kind in state.columns().items()}
@@ -152,6 +163,7 @@ def _plan(view: "View", chain: Chain | None, scope: Scope, measures: list[_Measu
         by=view.by,
         window=view.window,
         chain=chain,
+        guard=guard,
         states=states,
         partial=partial,
         merge=f"SELECT {', '.join(held)} FROM (\n{merge})",

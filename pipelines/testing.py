@@ -215,7 +215,9 @@ class _Evaluation:
             outcomes = [plan.chain.run(part, self.dimensions, None, self.key) for part in rows]
             dead += [outcome.dead for outcome in outcomes]
             rows = [outcome.rows for outcome in outcomes]
-        merged = plan.merged([plan.merged([plan.partials(part)]) for part in rows])
+        parts = [plan.tried(part) for part in rows]
+        dead += [refused.dead for _, refused in parts if refused is not None]
+        merged = plan.merged([plan.merged([states]) for states, _ in parts])
         return _ordered(plan.finished(merged).select(plan.columns), (*plan.by, "window_start"))
 
 

@@ -37,8 +37,13 @@ class Partial(beam.DoFn):  # type: ignore[misc]
             rows = outcome.rows
             yield beam.pvalue.TaggedOutput("dead", outcome.dead)
             yield beam.pvalue.TaggedOutput("tallies", outcome.tallies)
+        states, refused = self.plan.tried(rows, self.cipher)
+        if refused is not None:
+            rows = refused.rows
+            yield beam.pvalue.TaggedOutput("dead", refused.dead)
+            yield beam.pvalue.TaggedOutput("tallies", refused.tallies)
         yield beam.pvalue.TaggedOutput("tallies", conservation.tally(f"view:{self.plan.name}", "rows_in", len(rows)))
-        yield from split(self.plan.partials(rows), self.plan.by, self.buckets)
+        yield from split(states, self.plan.by, self.buckets)
 
 
 class Merge(beam.CombineFn):  # type: ignore[misc]

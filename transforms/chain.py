@@ -22,6 +22,9 @@ FILTERED = -1
 
 BOOKKEEPING = ("_source", "_offset")
 
+FAILURES = (duckdb.ConversionException, duckdb.OutOfRangeException, duckdb.InvalidInputException, duckdb.DataError)
+"""What DuckDB raises when an expression fails in a row."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Reason:
@@ -47,8 +50,9 @@ class SqlStage:
     """SQL steps in a row, as one query.
 
     sql: from ``batch`` and tables ``dim_<name>`` to the stage's columns, bookkeeping, ``_status`` and miss columns.
-    safe: the same with TRY. part: whose tallies these are: "source", "exploded" once an Explode made other
-    rows of them, or "view:<name>". alias: the stage only adds event_time, equal to this column, where that has no null. dimensions: whose tables it joins. keyed: it makes pseudonyms.
+    safe: the same with TRY. part: whose tallies these are: "source", "exploded" once an Explode made other rows of
+    them, or "view:<name>". alias: the stage only adds event_time, equal to this column, where that has no null.
+    dimensions: whose tables it joins. keyed: it makes pseudonyms.
     """
 
     sql: str
@@ -99,7 +103,8 @@ class Chain:
     @property
     def dimensions(self) -> tuple[str, ...]:
         """The names of the dimensions that these steps look up."""
-        return tuple(dict.fromkeys(name for stage in self.stages if isinstance(stage, SqlStage) for name in stage.dimensions))
+        stages = (stage for stage in self.stages if isinstance(stage, SqlStage))
+        return tuple(dict.fromkeys(name for stage in stages for name in stage.dimensions))
 
     def run(
         self,
@@ -127,7 +132,7 @@ class Chain:
             answer = _query(stage, rows, {**{f"dim_{name}": dimensions[name] for name in stage.dimensions}, **keys})
             status = answer["_status"]
             if status.null_count < len(answer):
-                dead.append(self._refuse(stage, answer, rows, cipher))
+                dead.append(self._refuse(stage, answer, batch, cipher))
                 tallies += _counts(stage, status)
                 answer = answer.filter(pc.is_null(status))
             tallies += _misses(stage, answer)
@@ -135,6 +140,11 @@ class Chain:
         if self.shared:
             tallies.append(conservation.tally("source", "kept", len(rows) if kept is None else kept))
         return Outcome(rows, pa.concat_tables(dead), conservation.merge(tallies))
+
+    def tried(self) -> "Chain":
+        """The same steps with every expression in TRY from the start: for rows of which some are known to fail."""
+        safe = (dataclasses.replace(s, sql=s.safe) if isinstance(s, SqlStage) else s for s in self.stages)
+        return dataclasses.replace(self, stages=tuple(safe))
 
     def _refuse(self, stage: SqlStage, answer: pa.Table, batch: pa.Table, cipher: Cipher | None) -> pa.Table:
         bad = answer.filter(pc.greater_equal(answer["_status"], 0)).select([*BOOKKEEPING, "_status"])
@@ -144,7 +154,9 @@ class Chain:
         for row, reason in enumerate(reasons):
             if reason.stop:
                 where = f"{bad['_source'][row]} at {bad['_offset'][row]}"
-                raise DataRefused(f"{self.pipeline}, {reason.step}: {reason.reason} ({reason.detail}) failed for {where}")
+                raise DataRefused(
+                    f"{self.pipeline}, {reason.step}: {reason.reason} ({reason.detail}) failed for {where}"
+                )
         return refuse(
             _originals(bad, batch),
             pipeline=self.pipeline,
@@ -160,7 +172,7 @@ def _query(stage: SqlStage, batch: pa.Table, others: Mapping[str, pa.Table]) -> 
     tables = {"batch": batch, **others}
     try:
         return query.run(stage.sql, tables)
-    except (duckdb.ConversionException, duckdb.OutOfRangeException, duckdb.InvalidInputException, duckdb.DataError):
+    except FAILURES:
         return query.run(stage.safe, tables)
 
 

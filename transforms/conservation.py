@@ -17,7 +17,8 @@ TALLY = pa.schema(
         pa.field("n", pa.int64(), nullable=False),
     ]
 )
-"""part: "source", "view:<name>" or "dimension:<name>". reason: "" or what a counter is told apart by. n: rows."""
+"""part: "source", "exploded" (what an Explode made of source rows), "view:<name>" or "dimension:<name>". reason: "" or
+what a counter is told apart by. n: rows."""
 
 SOURCE = ("read", "kept", "filtered", "rejected", "late", "duplicate")
 """The counters of part "source", all in source rows."""
@@ -51,7 +52,8 @@ def merge(tallies: Iterable[pa.Table]) -> pa.Table:
 @dataclasses.dataclass(frozen=True)
 class Conservation:
     """What a run counted. rows: source rows by counter. reasons: rejected source rows by reason. views: (rows in, rows
-    out, results) by name. unmatched: rows of look-ups without a match, by dimension and reason.
+    out, results) by name. unmatched: rows of look-ups without a match, by dimension and reason. dropped: rows that were
+    rejected or filtered after the source's law, by part and then reason ("filtered" for the latter).
 
     >>> counts = Conservation.of(merge([tally("source", "read", 3), tally("source", "kept", 2)]))
     >>> counts.violations()
@@ -62,6 +64,7 @@ class Conservation:
     reasons: Mapping[str, int]
     views: Mapping[str, tuple[int, int, int]]
     unmatched: Mapping[str, Mapping[str, int]]
+    dropped: Mapping[str, Mapping[str, int]]
 
     @staticmethod
     def of(tallies: pa.Table) -> "Conservation":
@@ -69,19 +72,22 @@ class Conservation:
         rows, reasons = dict.fromkeys(SOURCE, 0), {}
         views: dict[str, dict[str, int]] = {}
         unmatched: dict[str, dict[str, int]] = {}
+        dropped: dict[str, dict[str, int]] = {}
         for row in merge([tallies]).to_pylist():
             kind, _, name = row["part"].partition(":")
             if kind == "source":
                 rows[row["counter"]] += row["n"]
                 if row["counter"] == "rejected":
                     reasons[row["reason"]] = row["n"]
+            elif row["counter"] in ("filtered", "rejected"):
+                dropped.setdefault(row["part"], {})[row["reason"] or row["counter"]] = row["n"]
             elif kind == "view":
                 counts = views.setdefault(name, dict.fromkeys(("rows_in", "rows_out", "results"), 0))
                 counts[row["counter"]] += row["n"]
             else:
                 unmatched.setdefault(name, {})[row["reason"]] = row["n"]
         told = {name: (counts["rows_in"], counts["rows_out"], counts["results"]) for name, counts in views.items()}
-        return Conservation(rows, reasons, told, unmatched)
+        return Conservation(rows, reasons, told, unmatched, dropped)
 
     def equation(self) -> str:
         """read 5 = kept 4 + filtered 0 + rejected 1 + late 0 + duplicate 0"""

@@ -50,7 +50,9 @@ def _check(sql: str, columns: tuple[tuple[str, str], ...], where: str) -> Expres
     sql, root = _parse(sql, known, where)
     used: set[str] = set()
     for node, bound in _walk(root, frozenset()):
-        _refuse(node, sql, where)
+        reason = _refusal(node)
+        if reason:
+            raise DefinitionError(_underline(sql, node, where, reason))
         if node["class"] == "COLUMN_REF":
             name = node["column_names"][0]
             if name.lower() in bound:
@@ -85,8 +87,8 @@ def _parse(sql: str, known: Mapping[str, str], where: str) -> tuple[str, dict[st
 
 
 def _tree(sql: str) -> dict[str, Any]:
-    answer = query.cursor().execute("SELECT json_serialize_sql($1)", [_SELECT + sql]).fetchone()
-    return json.loads(answer[0]) if answer else {"error": True, "error_message": "no answer"}
+    answer = query.cursor().execute("SELECT json_serialize_sql($1)", [_SELECT + sql]).fetchall()
+    return json.loads(answer[0][0])  # type: ignore[no-any-return]
 
 
 def _quoted(sql: str, known: Mapping[str, str]) -> str:
@@ -119,39 +121,56 @@ def _walk(node: Any, bound: frozenset[str]) -> Iterator[tuple[dict[str, Any], fr
                 yield from _walk(value, bound)
 
 
-def _refuse(node: dict[str, Any], sql: str, where: str) -> None:
+def _refusal(node: dict[str, Any]) -> str | None:
+    """Why this part of an expression is not a function of the row alone, or None."""
     kind = node["class"]
-    if kind == "SUBQUERY":
-        raise DefinitionError(_underline(sql, node, where, "a subquery is not row-local; use Lookup for other tables"))
-    if kind == "WINDOW":
-        raise DefinitionError(_underline(sql, node, where, "a window function is not row-local; use a View"))
-    if kind == "STAR":
-        raise DefinitionError(_underline(sql, node, where, "name the columns; * is not an expression"))
-    if kind == "PARAMETER":
-        raise DefinitionError(_underline(sql, node, where, "no parameters here; use an f-string and --set NAME=VALUE"))
+    if kind not in _PLAIN:
+        return _REFUSED.get(kind, "expected an expression over a row's columns")
     if kind == "COLUMN_REF" and node["column_names"][0].lower() in _KEYWORDS:
-        raise DefinitionError(_underline(sql, node, where, _CLOCK))
-    if kind == "FUNCTION":
-        name = node["function_name"].lower()
-        if name in _functions("function_type = 'aggregate'") and name not in _functions("function_type = 'scalar'"):
-            raise DefinitionError(
-                _underline(sql, node, where, f"{name} is an aggregate; aggregates are a View's measures")
-            )
-        if name in _functions("stability = 'CONSISTENT_WITHIN_QUERY'") or name in _functions("stability = 'VOLATILE'"):
-            raise DefinitionError(_underline(sql, node, where, _CLOCK))
+        return _CLOCK
+    if kind != "FUNCTION":
+        return None
+    name = node["function_name"].lower()
+    if name == "unnest":
+        return "unnest makes several rows of one; use Explode"
+    if name in _functions("function_type = 'aggregate'"):
+        return f"{name} is an aggregate; aggregates are a View's measures"
+    if name in _functions("stability IN ('CONSISTENT_WITHIN_QUERY', 'VOLATILE')"):
+        return _CLOCK
+    if name == "age" and len(node["arguments"]) == 1:
+        return f"age of one time goes by the clock; use age(later, earlier). {_CLOCK}"
+    return _macro(name) if name in _functions("function_type = 'macro'") else None
 
 
+_PLAIN = {"BETWEEN", "CASE", "CAST", "COLLATE", "COLUMN_REF", "COMPARISON", "CONJUNCTION", "CONSTANT"}
+_PLAIN |= {"FUNCTION", "LAMBDA", "OPERATOR", "TYPE"}
+_REFUSED = {
+    "SUBQUERY": "a subquery is not row-local; use Lookup for other tables",
+    "WINDOW": "a window function is not row-local; use a View",
+    "STAR": "name the columns; * is not an expression",
+    "PARAMETER": "no parameters here; use an f-string and --set NAME=VALUE",
+    "POSITIONAL_REFERENCE": "name the columns; they have no numbers",
+}
 _CLOCK = "clocks, randomness and settings give another answer on every run; use the row's own columns"
 
 
 @functools.cache
 def _functions(condition: str) -> frozenset[str]:
-    rows = (
-        query.cursor()
-        .execute(f"SELECT DISTINCT lower(function_name) FROM duckdb_functions() WHERE {condition}")
-        .fetchall()
-    )
-    return frozenset(name for (name,) in rows)
+    sql = f"SELECT DISTINCT lower(function_name) FROM duckdb_functions() WHERE {condition}"
+    return frozenset(name for (name,) in query.cursor().execute(sql).fetchall())
+
+
+@functools.cache
+def _macro(name: str) -> str | None:
+    """Why a function that DuckDB defines by an expression is refused: a part of that expression is."""
+    sql = "SELECT macro_definition FROM duckdb_functions() WHERE function_type = 'macro' AND lower(function_name) = $1"
+    for (text,) in query.cursor().execute(sql, [name]).fetchall():
+        for statement in _tree(text).get("statements", []):
+            for node, _ in _walk(statement["node"]["select_list"], frozenset()):
+                reason = None if str(node.get("function_name")).lower() == name else _refusal(node)
+                if reason:
+                    return f"{name} is {text}: {reason}"
+    return None
 
 
 def _type(sql: str, columns: Mapping[str, str], where: str) -> str:

@@ -88,7 +88,10 @@ class Builder:
         return name
 
     def free(self, name: str) -> str:
-        """The name, if it may be given to a column."""
+        """The name, if it may be given to a column. SQL does not tell upper case from lower."""
+        other = next((column for column in self.scope.types if column.lower() == name.lower()), name)
+        if other != name:
+            raise DefinitionError(f"{self.where}: {name!r} and {other!r} are one name to SQL; choose another")
         if name.startswith("_") or name in ("event_time", "window_start", "window_end") or not name.isidentifier():
             raise DefinitionError(f"{self.where}: the name {name!r} is reserved or not a plain name; choose another")
         return name
@@ -119,11 +122,13 @@ class Builder:
         rules: Iterable[tuple[str, Rule]] = (),
         source: Callable[[str], str] = str,
         extra: Mapping[str, str] = {},
+        *,
+        certain: bool = False,
     ) -> None:
         """Adds a CTE: ``cells`` are new or replaced columns, the scope's others stay.
 
         rules: (expression, Rule) in order. source: makes the FROM clause from the previous CTE's name. extra:
-        bookkeeping columns, kept to the stage's end.
+        bookkeeping columns, kept to the stage's end. certain: no cell fails, so none is tried (a subquery cannot be).
         """
         previous = f"s{len(self._ctes) - 1}"
         kept = [quote(name) for name in self.scope.types if name not in cells]
@@ -136,7 +141,9 @@ class Builder:
             if rule.condition != "false":
                 safe.append(f"TRY({rule.condition}) THEN {rule.code}")
         texts = []
-        for attempt, whens in ((str, plain), ("TRY({})".format, safe)):
+        # In a CASE, as DuckDB moves what TRY(x) and TRY(x IS NULL) have in common out of the TRY.
+        tried = str if certain else "TRY(CASE WHEN _status IS NULL THEN {} END)".format
+        for attempt, whens in ((str, plain), (tried, safe)):
             made = [f"{attempt(sql)} AS {quote(name)}" for name, sql in cells.items()]
             status = f"CASE WHEN {' WHEN '.join(whens)} END AS _status" if len(whens) > 1 else "_status"
             columns = ", ".join(

@@ -299,7 +299,7 @@ class Protect(Step):
                 raise DefinitionError(f"{to.where}, {name}: {problem}")
             cells[name] = to.guard(policy.sql(quote(name), kind))
             to.keyed |= isinstance(policy, Pseudonym)
-        to.select(cells)
+        to.select(cells, certain=True)
         for name in cells:
             to.scope.types[name] = "VARCHAR"
 

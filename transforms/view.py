@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 
 from pipelines.transforms import query
 from pipelines.transforms.buckets import hashes
-from pipelines.transforms.chain import Chain
+from pipelines.transforms.chain import FAILURES, Chain, Outcome
+from pipelines.transforms.protect import Cipher
 from pipelines.transforms.sketches import collapse
 from pipelines.transforms.states import State
 from pipelines.transforms.windows import Window
@@ -24,13 +25,14 @@ class ViewPlan:
     """A compiled view. partial: rows (``batch``, with event_time) to states by key and tile. merge: states to states.
     windowed: merged states to states by window. result: those to answers: keys, window_start, window_end
     (timestamp[us, UTC]), measures, ``_rows``, states. chain: the view's own steps. digest: answers to the columns that
-    a digest is of.
+    a digest is of. guard: refuses the rows in which a measure's expression fails; run when ``partial`` did.
     """
 
     name: str
     by: tuple[str, ...]
     window: Window
     chain: Chain | None
+    guard: Chain
     states: tuple[State, ...]
     partial: str
     merge: str
@@ -51,6 +53,16 @@ class ViewPlan:
         if not len(rows):
             return self.partial_schema.empty_table()
         return query.run(self.partial, {"batch": rows})
+
+    def tried(self, rows: pa.Table, cipher: Cipher | None = None) -> tuple[pa.Table, Outcome | None]:
+        """The states of these rows; and what was refused of them, if in some the expression of a measure fails."""
+        try:
+            return self.partials(rows), None
+        except FAILURES:
+            outcome = self.guard.run(rows, {}, cipher)
+            if not len(outcome.dead):
+                raise
+            return self.partials(outcome.rows), outcome
 
     def merged(self, parts: Iterable[pa.Table]) -> pa.Table:
         """The states of all parts together (partial_schema), one row for each key and tile or session."""

@@ -27,6 +27,7 @@ READINGS = Pipeline(
 FACTS: Facts = {
     "rows": {"read": 1_200, "kept": 180, "filtered": 0, "rejected": 1_020, "late": 0, "duplicate": 0},
     "rejected": {"null in seen": 20, "in_range": 1_000},
+    "dropped": {"view:by_hour": {"mean failed": 2, "filtered": 30}},
     "unmatched": {"rooms": {"": 7}, "weather": {"": 2, "older than 3h": 1_794}},
     "views": {
         "all": {"rows": 1, "digest": "00ff", "complete_through": None},
@@ -50,6 +51,7 @@ def test_the_report_of_a_run() -> None:
         "  read 1,200 = kept 180 + filtered 0 + rejected 1,020 + late 0 + duplicate 0   ✓",
         "  rejected   1,000  in_range         celsius between -40 and 125",
         "  rejected      20  null in seen",
+        "  dropped    view by_hour: filtered 30, mean failed 2",
         "  unmatched  rooms 7 · weather 2 + 1,794 (older than 3h)",
     ]
     assert DONE.views().splitlines() == [
@@ -68,7 +70,7 @@ def test_the_report_of_a_run() -> None:
 def test_run_json_has_what_was_promised_and_no_secret() -> None:
     told = json.loads(DONE.json())
     assert list(told) == [
-        "pipeline", "mode", "runner", "history", "rows", "rejected", "unmatched", "views", "boundary",
+        "pipeline", "mode", "runner", "history", "rows", "rejected", "dropped", "unmatched", "views", "boundary",
         "seconds", "cpu_seconds", "peak_mib",
     ]  # fmt: skip
     assert told["history"] == "s3://k:***@b/x.csv?null=NA"
@@ -78,7 +80,7 @@ def test_run_json_has_what_was_promised_and_no_secret() -> None:
 
 def test_a_run_without_rows_is_told_too() -> None:
     nothing: Facts = {
-        "rows": dict.fromkeys(FACTS["rows"], 0), "rejected": {}, "unmatched": {}, "views": {}, "boundary": None,
+        "rows": dict.fromkeys(FACTS["rows"], 0), "rejected": {}, "dropped": {}, "unmatched": {}, "views": {}, "boundary": None,
         "first": None, "last": None, "skipped": [],
     }  # fmt: skip
     empty = Report(READINGS, Deployment("x.csv"), nothing, DONE.usage)
