@@ -72,15 +72,20 @@ class Commit(beam.DoFn):  # type: ignore[misc]
             every = pa.concat_tables([STAGED.empty_table(), *parts])
             output.table.commit(every, token=self.token, version=output.version, replace=output.replace)
         views = self._answered(answered)
-        if self.deployment.store and self.generations:
-            with open_store(self.deployment.store) as store:
-                store.flip(
-                    {
-                        f"{self.pipeline}.{name}": Pointer(generation, views[name].boundary)
-                        for name, generation in self.generations.items()
-                    }
-                )
+        self._flip(views)
         self._tell(counts, pa.concat_tables([SPAN.empty_table(), *spans]), views)
+
+    def _flip(self, views: dict[str, _Answered]) -> None:
+        """A recomputed range leaves the boundary where it is: what lies after it was carried over."""
+        if not self.deployment.store:
+            return
+        with open_store(self.deployment.store) as store:
+            pointers = {}
+            for name, generation in self.generations.items():
+                before = store.pointer(f"{self.pipeline}.{name}") if self.stop is not None else None
+                ends = [end for end in (views[name].boundary, before and before.boundary) if end is not None]
+                pointers[f"{self.pipeline}.{name}"] = Pointer(generation, max(ends, default=None))
+            store.flip(pointers)
 
     def _judge(self, counts: Conservation) -> None:
         violations = counts.violations()

@@ -18,7 +18,7 @@ from pipelines.io import files
 from pipelines.io.read import ReadFiles
 from pipelines.io.store import Range, open_store
 from pipelines.io.table import Between as Replaced
-from pipelines.io.table import Replace, Table, open_table
+from pipelines.io.table import Replace, open_table
 from pipelines.io.upsert import WriteStore
 from pipelines.io.write import StageTable
 from pipelines.options import Deployment
@@ -54,7 +54,7 @@ class Prepared:
     plan: Plan
     history: files.Plan
     dimensions: dict[str, files.Plan]
-    outputs: dict[str, tuple[Table, Replace]]
+    outputs: dict[str, Output]
     views: tuple[ViewPlan, ...]
     skipped: tuple[str, ...]
     start: int | None
@@ -72,20 +72,22 @@ def prepare(pipeline: Pipeline, deployment: Deployment) -> Prepared:
     history = files.plan(deployment.history, schema, extra=source.extra, invalid=source.invalid)
     dimensions = {d.name: files.plan(deployment.dimensions[d.name], d.schema, invalid="stop") for d in pipeline.dimensions}
     views = tuple(view for view in plan.views if not ranged or view.window.longest is not None)
-    outputs: dict[str, tuple[Table, Replace]] = {
-        "dead letters": (open_table(f"{deployment.dead_letters}/{pipeline.name}", DEAD_LETTERS), "nothing" if ranged else "everything")
-    }
+    warehouse = f"{deployment.warehouse}/{pipeline.name}"
+    outputs = {"dead letters": _output("dead letters", f"{deployment.dead_letters}/{pipeline.name}", DEAD_LETTERS, "nothing" if ranged else "everything")}
     if pipeline.events:
-        replaced = Replaced("event_time", start, stop) if ranged else "everything"
-        outputs["events"] = open_table(f"{deployment.warehouse}/{pipeline.name}/events", plan.chain.schema), replaced
+        outputs["events"] = _output("events", f"{warehouse}/events", plan.chain.schema, Replaced("event_time", start, stop) if ranged else "everything")
     for view in views:
-        replaced = Replaced("window_start", start, stop) if ranged else "everything"
-        outputs[view.name] = open_table(f"{deployment.warehouse}/{pipeline.name}/{view.name}", view.schema), replaced
-    for table, replace in outputs.values():
-        table.check(replace)
+        replace = Replaced("window_start", start, stop) if ranged else "everything"
+        outputs[view.name] = _output(view.name, f"{warehouse}/{view.name}", view.schema, replace)
     skipped = tuple(view.name for view in plan.views if view not in views)
     token = _token(plan, history, dimensions, start, stop)
     return Prepared(pipeline, deployment, plan, history, dimensions, outputs, views, skipped, start, stop, token, schema)
+
+
+def _output(name: str, uri: str, schema: pa.Schema, replace: Replace) -> Output:
+    table = open_table(uri, schema)
+    table.check(replace)
+    return Output(name, table, table.next_version(), replace)
 
 
 def _token(plan: Plan, history: files.Plan, dimensions: dict[str, files.Plan], *bounds: int | None) -> str:
@@ -113,7 +115,7 @@ def build(root: beam.Pipeline, run: Prepared, *, spill: Path | None = None) -> N
     clean = rows | "clean" >> Clean(chain, _read_range(run), sides, cipher)
     dead.append(clean.dead)
     tallies.append(clean.tallies)
-    staged: dict[str, Iterable[beam.PCollection]] = {}
+    staged: dict[str, beam.PCollection] = {}
     if run.pipeline.events:
         staged["events"] = _stage(_inside(clean.rows, run), "events", run)
     answered, written, generations = [], [], {}
@@ -129,8 +131,8 @@ def build(root: beam.Pipeline, run: Prepared, *, spill: Path | None = None) -> N
             write = WriteStore(deployment.store, name, generations[view.name])
             written.append(answers["main"] | f"store {view.name}" >> beam.ParDo(write))
     staged["dead letters"] = _stage(dead | "dead letters" >> beam.Flatten(), "dead letters", run)
-    outputs = [Output(name, table, table.next_version(), replace) for name, (table, replace) in run.outputs.items()]
-    commit = Commit(run.pipeline.name, run.token, tuple(outputs), generations, deployment, run.stop, run.skipped)
+    outputs = tuple(run.outputs.values())
+    commit = Commit(run.pipeline.name, run.token, outputs, generations, deployment, run.stop, run.skipped)
     lists = [tallies, [clean.spans], answered, written, *([staged[output.name]] for output in outputs)]
     gathered = [_list(root, parts, number) for number, parts in enumerate(lists)]
     _ = root | "once" >> beam.Create([0]) | "commit" >> beam.ParDo(commit, *gathered)
@@ -173,8 +175,8 @@ def _inside(rows: beam.PCollection, run: Prepared) -> beam.PCollection:
 
 
 def _stage(rows: beam.PCollection, name: str, run: Prepared) -> beam.PCollection:
-    table, _ = run.outputs[name]
-    return rows | f"stage {name}" >> beam.ParDo(StageTable(table, token=run.token, version=table.next_version()))
+    output = run.outputs[name]
+    return rows | f"stage {name}" >> beam.ParDo(StageTable(output.table, token=run.token, version=output.version))
 
 
 def _begin(run: Prepared, view: ViewPlan) -> int:

@@ -20,6 +20,17 @@ DISTRIBUTED = False
 def run(build: Callable[[beam.Pipeline], None], flags: Sequence[str]) -> None:
     """Runs the graph to its end in this process. What a worker raises is raised, with Beam's addition to its text."""
     query.configure(threads=os.cpu_count())
-    pipeline = beam.Pipeline(runner=FnApiRunner(), options=PipelineOptions(list(flags)))
+    pipeline = beam.Pipeline(runner=FnApiRunner(), options=_Options(list(flags)))
     build(pipeline)
     pipeline.run().wait_until_finish()
+
+
+class _Options(PipelineOptions):  # type: ignore[misc]
+    """Beam asks for views of its options several times a transform, and makes an argument parser for each: a tenth of
+    a second for a graph of ours. The views share their values, so one of each kind serves."""
+
+    def view_as(self, cls: type[PipelineOptions]) -> PipelineOptions:
+        views = self.__dict__.setdefault("_views", {})
+        if cls not in views:
+            views[cls] = super().view_as(cls)
+        return views[cls]

@@ -12,7 +12,8 @@ import numpy.typing as npt
 import pyarrow as pa
 from apache_beam.coders import Coder, ListCoder, TupleCoder, VarIntCoder
 
-_OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
+_WRITE = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
+_READ = pa.ipc.IpcReadOptions(use_threads=False)
 
 
 class TableCoder(Coder):  # type: ignore[misc]
@@ -20,12 +21,12 @@ class TableCoder(Coder):  # type: ignore[misc]
 
     def encode(self, value: pa.Table) -> bytes:
         sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, value.schema, options=_OPTIONS) as writer:
+        with pa.ipc.new_stream(sink, value.schema, options=_WRITE) as writer:
             writer.write_table(value)
         return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
 
     def decode(self, encoded: bytes) -> pa.Table:
-        return pa.ipc.open_stream(encoded).read_all()
+        return pa.ipc.open_stream(encoded, options=_READ).read_all()
 
     def estimate_size(self, value: pa.Table) -> int:
         # Beam samples sizes for its metrics; by default it would encode the table for that.
