@@ -4,9 +4,11 @@ import dataclasses
 import datetime
 import json
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypedDict
 
 from pipelines.definition import Pipeline
@@ -141,7 +143,7 @@ class Report:
         store = f" · store {masked(deployment.store)}" if deployment.store else ""
         places = f"warehouse {masked(deployment.warehouse)}{store} · report {masked(deployment.report)}"
         warehouse = "" if deployment.warehouse == Deployment.warehouse else f" --warehouse={deployment.warehouse}"
-        return f'  {took} · {places}\n  next: pipelines query "{_question(self.pipeline)}"{masked(warehouse)}'
+        return f'  {took} · {places}\n  next: {_command()} query "{_question(self.pipeline)}"{masked(warehouse)}'
 
 
 def title(pipeline: Pipeline, deployment: Deployment) -> str:
@@ -220,6 +222,14 @@ def _miss(name: str, reasons: dict[str, int]) -> str:
 
 def _through(value: str | None) -> str:
     return f"{moment(value)} UTC" if value else "–"
+
+
+def _command() -> str:
+    """``pipelines``, with its folder where the shell would not find this environment's."""
+    script = Path(sys.executable).with_name("pipelines")
+    if not script.exists() or shutil.which("pipelines") == str(script):
+        return "pipelines"
+    return str(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script)
 
 
 def _question(pipeline: Pipeline) -> str:

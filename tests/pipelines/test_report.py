@@ -1,6 +1,8 @@
 import datetime
 import json
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -62,9 +64,26 @@ def test_the_report_of_a_run() -> None:
     ]
     took, following = DONE.foot().splitlines()
     assert took == "  12.3 s · 5.6 CPU-s · peak 302 MiB · warehouse data/warehouse · report data/run.json"
-    assert following == (
-        '  next: pipelines query "select sensor, sum(n) from readings.by_hour group by 1 order by 2 desc limit 5"'
+    assert following.startswith("  next: ")
+    assert following.endswith(
+        'pipelines query "select sensor, sum(n) from readings.by_hour group by 1 order by 2 desc limit 5"'
     )
+
+
+def test_the_next_command_can_be_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether or not the environment is on the PATH, and from its own project's folder in short."""
+    folder = tmp_path / "project/.venv/bin"
+    folder.mkdir(parents=True)
+    (folder / "pipelines").write_text("#!/bin/sh")
+    (folder / "pipelines").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/usr/bin")
+    assert "next: project/.venv/bin/pipelines query" in DONE.foot()
+    monkeypatch.chdir(tmp_path / "project")
+    assert "next: .venv/bin/pipelines query" in DONE.foot()
+    monkeypatch.setenv("PATH", str(folder))
+    assert "next: pipelines query" in DONE.foot()
 
 
 def test_run_json_has_what_was_promised_and_no_secret() -> None:
