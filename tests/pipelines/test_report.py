@@ -99,9 +99,16 @@ def test_run_json_has_what_was_promised_and_no_secret() -> None:
 
 def test_a_run_without_rows_is_told_too() -> None:
     nothing: Facts = {
-        "rows": dict.fromkeys(FACTS["rows"], 0), "rejected": {}, "dropped": {}, "unmatched": {}, "views": {}, "boundary": None,
-        "first": None, "last": None, "skipped": [],
-    }  # fmt: skip
+        "rows": dict.fromkeys(FACTS["rows"], 0),
+        "rejected": {},
+        "dropped": {},
+        "unmatched": {},
+        "views": {},
+        "boundary": None,
+        "first": None,
+        "last": None,
+        "skipped": [],
+    }
     empty = Report(READINGS, Deployment("x.csv"), nothing, DONE.usage)
     assert empty.head().endswith("history    x.csv")
     assert empty.counts().count("\n") == 1
