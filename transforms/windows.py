@@ -1,9 +1,9 @@
 """Windows over event time, as SQL: the tile a row falls in, and the windows that tiles make up.
 
-A row is counted in exactly one *tile*, a fixed range of µs in UTC. Tiles are what is merged and stored; the windows that
-a user declared are merged from tiles when results are made. So a sliding window counts each row once, and a calendar
+A row is counted in exactly one *tile*, a fixed range of µs in UTC. Tiles are what is merged and stored; the windows
+that a user declared are merged from tiles when results are made. So a sliding window counts each row once, a calendar
 window (a day in Paris, a month) needs no arithmetic on every row. Session windows have no tiles: rows of a key less
-than the gap apart belong together (Akidau et al., The Dataflow Model, VLDB 2015), compared in whole ms as Beam does.
+than the gap apart belong together (Akidau et al., The Dataflow Model, VLDB 2015), in whole ms as Beam.
 """
 
 import dataclasses
@@ -100,7 +100,7 @@ class Window(ABC):
 
     @abstractmethod
     def windows_sql(self, tiles: str) -> str:
-        """A SELECT that adds ``window_start`` and ``window_end`` (BIGINT µs) to each row of ``tiles`` by its ``_tile``."""
+        """A SELECT that adds ``window_start`` and ``window_end`` (BIGINT µs) to the rows of ``tiles`` by ``_tile``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +115,8 @@ class Whole(Window):
 class Tumbling(Window):
     """Windows of equal length, one after the other; days and longer follow the calendar of ``timezone``.
 
-    ``1d`` in a zone with daylight saving has days of 23 and 25 hours. Weeks start on Monday, quarters in January. Windows
-    under a day are aligned in UTC. A zone's offsets from before standard time (not multiples of 15 minutes) are
+    ``1d`` in a zone with daylight saving has days of 23 and 25 hours. Weeks start on Monday, quarters in January.
+    Windows under a day are aligned in UTC. A zone's offsets from before standard time (not multiples of 15 minutes) are
     rounded to the tile that holds the change.
     """
 
@@ -164,15 +164,26 @@ class Tumbling(Window):
         local = f"time_bucket({interval}, make_timestamptz(_tile) AT TIME ZONE '{self.timezone}', {origin})"
         return (
             f"SELECT t.*, c.window_start, c.window_end FROM {tiles} t JOIN ("
-            f"SELECT _tile, epoch_us(_local AT TIME ZONE '{self.timezone}') AS window_start, "
-            f"epoch_us((_local + {interval}) AT TIME ZONE '{self.timezone}') AS window_end "
+            f"SELECT _tile, {self._instant('_local')} AS window_start, "
+            f"{self._instant(f'(_local + {interval})')} AS window_end "
             f"FROM (SELECT DISTINCT _tile, {local} AS _local FROM {tiles})) c ON t._tile = c._tile"
+        )
+
+    def _instant(self, local: str) -> str:
+        """When a local midnight is, in µs: the first of two, where clocks go back over it (Havana)."""
+        at = f"epoch_us({local} AT TIME ZONE '{self.timezone}')"
+        before = f"{at} - {_HOUR}"
+        return (
+            f"CASE WHEN make_timestamptz({before}) AT TIME ZONE '{self.timezone}' = {local} THEN {before} ELSE {at} END"
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Sliding(Window):
-    """Windows of length ``size`` that start every ``every``: a row is in size/every of them, and counted in one tile."""
+    """Windows of length ``size`` that start every ``every``: a row is in size/every of them, and counted in one tile.
+
+    Where ``every`` is whole days, they start counting from a Monday.
+    """
 
     size: str
     _: dataclasses.KW_ONLY
@@ -183,7 +194,9 @@ class Sliding(Window):
         if not 0 < every <= size:
             raise WindowError(f"Sliding({self.size!r}, every={self.every!r}): every must be at most size")
         if size // every > 10_000:
-            raise WindowError(f"Sliding({self.size!r}, every={self.every!r}): every row would be in {size // every} windows")
+            raise WindowError(
+                f"Sliding({self.size!r}, every={self.every!r}): every row would be in {size // every} windows"
+            )
 
     @property
     def overlapping(self) -> bool:
@@ -191,7 +204,8 @@ class Sliding(Window):
 
     @property
     def tile(self) -> int:
-        return math.gcd(Duration.fixed(self.size, "size"), Duration.fixed(self.every, "every"))
+        both = math.gcd(Duration.fixed(self.size, "size"), Duration.fixed(self.every, "every"))
+        return both if both % _DAY == 0 else math.gcd(both, _MONDAY)
 
     @property
     def longest(self) -> int:
@@ -199,7 +213,7 @@ class Sliding(Window):
 
     def windows_sql(self, tiles: str) -> str:
         size, every = Duration.fixed(self.size, "size"), Duration.fixed(self.every, "every")
-        last = floor_sql("_tile", every)
+        last = floor_sql("_tile", every, _MONDAY if every % _DAY == 0 else 0)
         first = f"({last} - {(size - 1) // every * every})"
         return (
             f"SELECT *, window_start + {size} AS window_end FROM ("
@@ -223,7 +237,7 @@ class Session(Window):
         return Duration.fixed(self.gap, "gap")
 
     def islands_sql(self, parts: str, keys: tuple[str, ...]) -> str:
-        """A SELECT that numbers (``_island``) the sessions of each key among ``parts`` with ``_start`` and ``_last``."""
+        """A SELECT that numbers (``_island``) the sessions of each key in ``parts``, by ``_start`` and ``_last``."""
         partition = f"PARTITION BY {', '.join(keys)} " if keys else ""
         order = f"({partition}ORDER BY _start, _last"
         return (
@@ -237,6 +251,6 @@ class Session(Window):
 
 
 def _whole_hours(timezone: str) -> bool:
-    zone = zoneinfo.ZoneInfo(timezone)
+    zone, hour = zoneinfo.ZoneInfo(timezone), datetime.timedelta(hours=1)
     days = (datetime.datetime(year, month, 1, tzinfo=zone) for year in range(1970, 2038) for month in (1, 4, 7, 10))
-    return all(day.utcoffset() is None or day.utcoffset() % datetime.timedelta(hours=1) == datetime.timedelta(0) for day in days)  # type: ignore[operator]
+    return all((day.utcoffset() or hour) % hour == datetime.timedelta(0) for day in days)
