@@ -127,8 +127,9 @@ def _hint(kind: pa.DataType, field: Field) -> str:
 
 
 def _missing(file: File, columns: dict[str, pa.DataType], schema: RowSchema, field: Field) -> UserError:
-    nearest = difflib.get_close_matches(path(field), columns, 1)
-    hint = f" Nearest: {nearest[0]}." if nearest else ""
+    names = {name.lower(): name for name in columns}
+    nearest = difflib.get_close_matches(path(field).lower(), names, 1)
+    hint = f" Nearest: {names[nearest[0]]}." if nearest else ""
     return UserError(
         f"{file.source}: no column {path(field)!r}, which {schema.name} declares.{hint} Columns: {', '.join(columns)}"
     )

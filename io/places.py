@@ -90,7 +90,7 @@ class File:
         with _open(self.path) as stored, truncation(self):
             if self.codec == "gzip":
                 with gzip.GzipFile(fileobj=stored) as plain:
-                    yield plain
+                    yield cast(IO[bytes], plain)
             elif self.codec == "zip":
                 with zipfile.ZipFile(stored) as archive, archive.open(self.member) as plain:
                     yield plain

@@ -10,7 +10,7 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.io.places import File
+from pipelines.io.places import File, refuse_repeated
 from pipelines.io.splits import ROWS, Split, bookkeeping
 from pipelines.transforms.conform import OFFSET, SOURCE
 from pipelines.transforms.errors import UserError
@@ -35,6 +35,7 @@ class RowGroups:
         """Raises UserError for a file that is cut off or damaged."""
         with _opened(file) as parquet:
             schema = parquet.schema_arrow
+            refuse_repeated(file, schema.names)
             return RowGroups(file, parquet.metadata, {field.name: field.type for field in schema})
 
     def splits(self, wanted: tuple[str, ...], step: int) -> list[Split]:
@@ -61,8 +62,8 @@ def _under(path: str, wanted: tuple[str, ...]) -> bool:
 
 
 def read(split: Split) -> Iterator[pa.Table]:
-    """Tables of the split's columns, `_source` and `_offset` (the row's number in the file, from 0), of about 1M rows or
-    64 MB, in chunks. Raises UserError where the file is damaged.
+    """Tables of the split's columns, `_source` and `_offset` (the row's number in the file, from 0): about 1M rows or
+    64 MB each, in chunks. Raises UserError where the file is damaged.
     """
     at, gathered, size = split.first, [], 0
     with _opened(split.file) as parquet:
@@ -88,8 +89,9 @@ def _table(source: str, first: int, batches: list[pa.RecordBatch]) -> pa.Table:
 def _opened(file: File) -> Iterator[pq.ParquetFile]:
     with contextlib.ExitStack() as stack:
         try:
-            yield pq.ParquetFile(stack.enter_context(_seekable(file)))
-        except (pa.ArrowInvalid, OSError) as error:
+            # Of a remote file all columns of a split are fetched side by side, before they are decoded.
+            yield pq.ParquetFile(stack.enter_context(_seekable(file)), pre_buffer=not file.local)
+        except (pa.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{file.source}: damaged or cut-off Parquet ({reason}); write it again") from error
 

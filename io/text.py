@@ -15,7 +15,7 @@ from pipelines.transforms.conform import OFFSET, RAW, SOURCE
 from pipelines.transforms.delimited import Csv
 from pipelines.transforms.errors import UserError
 from pipelines.transforms.objects import Json
-from pipelines.transforms.payloads import Form, marked
+from pipelines.transforms.payloads import Form, marked, path
 from pipelines.transforms.schema import RowSchema
 
 CHUNK = 16 << 20
@@ -250,17 +250,17 @@ def _csv(file: File, schema: RowSchema, head: bytes, start: int, handle: IO[byte
     null = () if options.null is None else (options.null,)
     form = Csv((), option_delimiter(file), options.quote, null)
     if options.header == "no":
-        names = tuple(field.column.path or field.name for field in schema.fields)
+        names = tuple(path(field) for field in schema.fields)
     else:
         while not len(ends := record_ends(head[start:], form)) and (more := handle.read(1 << 20)):
             head += more
         stop = start + int(ends[0]) if len(ends) else len(head)
-        names = _header(head[start:stop], form, file)
+        names = _header(head[start:stop], form, file, {path(field) for field in schema.fields})
         start = stop
     return Text(file, dataclasses.replace(form, columns=names), start, dict.fromkeys(names, pa.string()))
 
 
-def _header(line: bytes, form: Csv, file: File) -> tuple[str, ...]:
+def _header(line: bytes, form: Csv, file: File, wanted: set[str]) -> tuple[str, ...]:
     try:
         text = line.decode().rstrip("\r\n")
     except UnicodeDecodeError:
@@ -270,4 +270,7 @@ def _header(line: bytes, form: Csv, file: File) -> tuple[str, ...]:
     names = tuple(next(rows, []))
     if not any(names):
         raise UserError(f"{file.source}: no header line; add ?header=no if the first line is data")
-    return names
+    if twice := [name for name in names if names.count(name) > 1 and name in wanted]:
+        raise UserError(f"{file.source}: {names.count(twice[0])} columns are named {twice[0]!r}; rename all but one")
+    before = [names[:at].count(name) for at, name in enumerate(names)]
+    return tuple(f"{name}.{n + 1}" if n else name for name, n in zip(names, before, strict=True))

@@ -15,8 +15,8 @@ from pipelines.transforms.schema import UTC_MICROS, Field
 
 Converter = Callable[[pa.Array], pa.Array]
 
-_EXACT = 2.0**53
-"""Every int below is a float of its own."""
+_EXACT = 2.0**53 - 1
+"""Every int from minus here to below is a float of its own."""
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -155,35 +155,62 @@ def _rescue(values: pa.Array, converter: Converter, field: Field) -> pa.Array:
         converter = _converter(distinct.type, field) or converter
     if is_text(distinct.type) and not (is_text(field.type) or is_bytes(field.type)):
         found = _rescue_text(distinct, converter, field)
+    elif pa.types.is_floating(distinct.type) and pa.types.is_integer(field.type):
+        found = _integral(distinct, 2.0**63)
     else:
         found = salvage(distinct, converter, field.type)
     return found.take(encoded.indices)
 
 
+_FLOAT = r"(?i)^[-+]?((\d+\.?\d*|\.\d+)(e[-+]?\d+)?|inf(inity)?|nan(\(.*\))?)$"
+_NAIVE = r"\d{4}-\d{2}-\d{2}([ T]\d{2}(:?\d{2}(:?\d{2}(\.\d{1,6})?)?)?)?"
+_LIKELY: tuple[tuple[Callable[[pa.DataType], bool], str], ...] = (
+    (pa.types.is_integer, r"(?i)^-?(0*\d{1,19}|0x[0-9a-f]{1,16})$"),
+    (pa.types.is_floating, _FLOAT),
+    (pa.types.is_decimal, _FLOAT),
+    (pa.types.is_boolean, r"(?i)^(true|false|0|1)$"),
+    (pa.types.is_date, r"^\d{4}-\d{2}-\d{2}$"),
+    (pa.types.is_timestamp, f"^{_NAIVE} ?(Z|[-+]\\d{{2}}(:?\\d{{2}})?)$"),
+)
+"""What Arrow's own casts take, and little else: where each row has a bad value of its own, trying them all is slow."""
+
+
 def _rescue_text(distinct: pa.Array, converter: Converter, field: Field) -> pa.Array:
-    tidy = pc.replace_substring_regex(pc.utf8_trim_whitespace(distinct), r"^\+([\d.])", r"\1")
+    tidy = _tidy(distinct)
+    likely = next(pattern for test, pattern in _LIKELY if test(field.type))
     if pa.types.is_timestamp(field.type):
-        tidy = pc.replace_substring_regex(tidy, r"(\.\d{6})\d+", r"\1")
-    found = salvage(tidy, converter, field.type)
+        found = _tried(tidy, likely, lambda some: some.cast(UTC_MICROS), UTC_MICROS)
+        if field.column.timezone is not None:
+            found = pc.coalesce(found, _tried(tidy, f"^{_NAIVE}$", converter, UTC_MICROS))
+        return found
+    found = _tried(tidy, likely, converter, field.type)
     if pa.types.is_integer(field.type):
-        found = pc.coalesce(found, salvage(tidy, _whole, field.type))
-    if pa.types.is_timestamp(field.type) and field.column.timezone is not None:
-        found = pc.coalesce(found, salvage(tidy, lambda some: some.cast(UTC_MICROS), field.type))
+        found = pc.coalesce(found, _integral(_tried(tidy, _FLOAT, _float, pa.float64()), _EXACT))
     return found
 
 
-def _whole(values: pa.Array) -> pa.Array:
-    """Whole numbers written as floats (``517.0``), as far as a float holds every int."""
-    numbers = _float(values)
-    if pc.any(pc.greater_equal(pc.abs(numbers), _EXACT)).as_py():
-        raise pa.ArrowInvalid("past the integers a float holds")
-    return numbers.cast(pa.int64())
+def _tidy(values: pa.Array) -> pa.Array:
+    """Text without what no value needs: space around it, a plus sign, digits of a second past µs."""
+    plain = pc.replace_substring_regex(pc.utf8_trim_whitespace(values), r"^\+([\d.])", r"\1")
+    return pc.replace_substring_regex(plain, r"(:\d{2}\.\d{6})\d+", r"\1")
+
+
+def _tried(values: pa.Array, likely: str, converter: Converter, to: pa.DataType) -> pa.Array:
+    fits = pc.match_substring_regex(values, likely)
+    return salvage(pc.if_else(fits, values, pa.scalar(None, values.type)), converter, to)
+
+
+def _integral(numbers: pa.Array, bound: float) -> pa.Array:
+    """Whole floats (``517.0``) from -bound to below bound as ints; null for others."""
+    inside = pc.and_(pc.greater_equal(numbers, -bound), pc.less(numbers, bound))
+    whole = pc.and_(pc.equal(pc.floor(numbers), numbers), inside)
+    return pc.if_else(whole, numbers, pa.scalar(None, numbers.type)).cast(pa.int64())
 
 
 def lacks_offset(values: pa.Array, field: Field) -> pa.BooleanArray:
     """Which values are times that only lack an offset, for a field that names no zone."""
     if field.column.timezone is None and is_text(values.type):
-        tidy = pc.replace_substring_regex(pc.utf8_trim_whitespace(values), r"(\.\d{6})\d+", r"\1")
-        return salvage(tidy, lambda some: some.cast(pa.timestamp("us")), pa.timestamp("us")).is_valid()
+        micros = pa.timestamp("us")
+        return _tried(_tidy(values), f"^{_NAIVE}$", lambda some: some.cast(micros), micros).is_valid()
     naive = pa.types.is_date(values.type) or (pa.types.is_timestamp(values.type) and values.type.tz is None)
     return pa.repeat(pa.scalar(naive and field.column.timezone is None), len(values))

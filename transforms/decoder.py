@@ -7,6 +7,7 @@ the row, with its line end).
 
 import dataclasses
 import functools
+import json
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ from pipelines.transforms.deadletters import refuse
 from pipelines.transforms.delimited import Csv
 from pipelines.transforms.errors import DataRefused
 from pipelines.transforms.objects import Json
-from pipelines.transforms.payloads import Fault, Faults, Form, Parsed, Rows, bare, mark, path, positions
+from pipelines.transforms.payloads import Fault, Faults, Form, Parsed, Rows, mark, path, positions
 from pipelines.transforms.protect import Cipher
 from pipelines.transforms.schema import Extra, Field, Invalid, RowSchema
 
@@ -70,9 +71,7 @@ class Decoder:
         good = rows.filter(self._good(parsed, bad)) if len(rows) else rows
         reason, detail = faults.reasons()
         refused = table.take(pa.array(bad))
-        if raw:
-            refused = refused.set_column(refused.schema.get_field_index(RAW.name), RAW, bare(refused[RAW.name]))
-        else:
+        if not raw:
             refused = _printable(refused)
         name = form.name if form is not None else "json"
         return Decoded(good, self._refuse(refused, reason, detail, name))
@@ -107,7 +106,7 @@ class Decoder:
         """The parsed rows in the schema's types, those with faults included."""
         faults, length = parsed.faults, len(parsed.columns)
         for fault in parsed.lost:
-            self._fault(fault, None, parsed, faults)
+            self._fault(fault, None, table, parsed, faults)
         columns = []
         for field in self.schema.fields:
             values = column_at(parsed.columns, field)
@@ -115,12 +114,12 @@ class Decoder:
                 values = pa.chunked_array([pa.nulls(length, field.type)])
             column, found = conform(values, field)
             for fault in found:
-                self._fault(fault, values, parsed, faults)
+                self._fault(fault, values, table, parsed, faults)
             columns.append(column)
         kept = table if parsed.kept is None else table.take(pa.array(parsed.kept))
         if self.extra != "ignore":
             extras = self._extras(parsed)
-            self._judge(extras, parsed, faults)
+            self._judge(extras, table, parsed, faults)
             columns += [extras] if self.extra == "keep" else []
         columns += [kept[name] for name in (SOURCE.name, OFFSET.name, RAW.name) if name in kept.column_names]
         return pa.Table.from_arrays(columns, schema=self._arrow(RAW.name in table.column_names)), faults
@@ -135,7 +134,9 @@ class Decoder:
         ]
         return pa.schema(fields)
 
-    def _fault(self, fault: Fault, values: pa.ChunkedArray | None, parsed: Parsed, faults: Faults) -> None:
+    def _fault(
+        self, fault: Fault, values: pa.ChunkedArray | None, table: pa.Table, parsed: Parsed, faults: Faults
+    ) -> None:
         if fault.missing:
             faults.add(_at(parsed, fault.rows), fault.reason, f"{fault.reason}, which may not be null")
             return
@@ -143,7 +144,7 @@ class Decoder:
             return
         detail = self._detail(None if values is None else values.take(pa.array(fault.rows)), fault)
         if self.invalid == "stop":
-            raise DataRefused(f"{self.pipeline}: {fault.reason} ({detail[0]}); Source(invalid='stop') ends the run")
+            raise self._stopped(detail[0], table, _at(parsed, fault.rows), "invalid")
         faults.add(_at(parsed, fault.rows), fault.reason, detail)
 
     def _detail(self, values: pa.ChunkedArray | None, fault: Fault) -> list[str]:
@@ -166,15 +167,20 @@ class Decoder:
         text = query.run("select to_json(_row)::varchar as extra from _row", {"_row": parsed.columns.select(others)})
         return text["extra"].cast(EXTRA.type)
 
-    def _judge(self, extras: pa.ChunkedArray, parsed: Parsed, faults: Faults) -> None:
+    def _judge(self, extras: pa.ChunkedArray, table: pa.Table, parsed: Parsed, faults: Faults) -> None:
         rows = positions(extras.is_valid())
         if self.extra == "keep" or not len(rows):
             return
+        unknown = [", ".join(json.loads(text)) for text in extras.take(pa.array(rows)).to_pylist()]
+        details = [f"{self.schema.name} does not declare {names}" for names in unknown]
         if self.extra == "stop":
-            raise DataRefused(
-                f"{self.pipeline}: a row has columns that {self.schema.name} has not; Source(extra='stop')"
-            )
-        faults.add(_at(parsed, rows), "extra column", f"a column that {self.schema.name} does not have")
+            raise self._stopped(details[0], table, _at(parsed, rows), "extra")
+        faults.add(_at(parsed, rows), "extra column", details)
+
+    def _stopped(self, what: str, table: pa.Table, rows: Rows, setting: str) -> DataRefused:
+        first = int(rows[0])
+        where = f"{table[SOURCE.name][first]} at {table[OFFSET.name][first]}"
+        return DataRefused(f"{self.pipeline}: {where}: {what}; Source({setting}='stop') ends the run")
 
     @functools.cached_property
     def _known(self) -> frozenset[str]:

@@ -117,7 +117,7 @@ class Csv:
     @property
     def record(self) -> re.Pattern[bytes]:
         """One record with its line end, by the same rules as Arrow's parser: a quote opens only at a field's start."""
-        return _record(self.delimiter, self.quote, "\r\n", r"(?:\r?\n|\Z)")
+        return _record(self.delimiter, self.quote, "\r\n", r"(?:\r?\n|\r?\Z)")
 
     @property
     def line(self) -> re.Pattern[bytes]:

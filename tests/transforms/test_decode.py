@@ -356,6 +356,8 @@ def test_a_json_object_means_the_same_whatever_its_batch(rows: list[tuple[str, s
         (int, pa.array([1, 2], pa.int8()), [1, 2]),
         (int, pa.array([1, 2**63], pa.uint64()), [1, "invalid int in x"]),
         (int, pa.array([1.0, 1.5, math.nan]), [1, "invalid int in x", "invalid int in x"]),
+        (int, pa.array([1e18, -(2.0**63), 0.5]), [10**18, -(2**63), "invalid int in x"]),
+        (int, pa.array([1e18, -(2.0**63)]), [10**18, -(2**63)]),
         (int, pa.array(["1", "x"]).dictionary_encode(), [1, "invalid int in x"]),
         (int, pa.array([1, None]), [1, "null in x"]),
         (int | None, pa.nulls(2), [None, None]),
@@ -443,7 +445,7 @@ def test_a_batch_without_rows_is_a_batch() -> None:
 def test_an_invalid_value_can_be_null_or_stop_the_run() -> None:
     assert one(int | None, "x", invalid="null") is None
     assert one(int, "x", invalid="null") == "null in x"
-    with pytest.raises(DataRefused, match=r"p: invalid int in x .*'x'.*Source\(invalid='stop'\)"):
+    with pytest.raises(DataRefused, match=r"p: log at 0: invalid int in x: 'x'; Source\(invalid='stop'\)"):
         one(int | None, "x", invalid="stop")
     decoded = Decoder(row(list[int] | None), "p", form=Json(), invalid="null").decode(raw(b'{"x":[1]}', b'{"x":5}'))
     assert (decoded.rows["x"].to_pylist(), decoded.dead) == ([[1], None], None)
@@ -460,8 +462,10 @@ def test_extra_values_are_ignored_kept_refused_or_stop(form: Form, payloads: lis
     assert json.loads(kept["_extra"][0].as_py()) == ({"y": {"z": 2}} if form.name == "json" else {"y": "2"})
     dead = Decoder(schema, "p", form=form, extra="reject").decode(table).dead
     assert dead is not None
-    assert dead["reason"][0].as_py() == "extra column"
-    with pytest.raises(DataRefused, match=r"Source\(extra='stop'\)"):
+    assert dead.select(["reason", "detail"]).slice(0, 1).to_pylist() == [
+        {"reason": "extra column", "detail": "Row does not declare y"}
+    ]
+    with pytest.raises(DataRefused, match=r"p: log at 0: Row does not declare y; Source\(extra='stop'\) ends the run"):
         Decoder(schema, "p", form=form, extra="stop").decode(table)
 
 
