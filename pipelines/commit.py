@@ -39,8 +39,8 @@ class _Answered:
 class Commit(beam.DoFn):  # type: ignore[misc]
     """Makes a run's results what readers see. Given all that the parts have counted and staged, as side inputs.
 
-    Guarantee: exactly once. Every commit carries the run's token and version and is looked up before it is written, so a
-    retried bundle, or a step tried again after an unknown outcome, commits nothing twice. Raises DataRefused, before
+    Guarantee: exactly once. Every commit carries the run's token and version and is looked up before it is written, so
+    a retried bundle, or a step tried again after an unknown outcome, commits nothing twice. Raises DataRefused, before
     anything is committed, if the law of conservation is broken or more rows were rejected than allowed.
     """
 
@@ -83,24 +83,34 @@ class Commit(beam.DoFn):  # type: ignore[misc]
             pointers = {}
             for name, generation in self.generations.items():
                 before = store.pointer(f"{self.pipeline}.{name}") if self.stop is not None else None
-                ends = [end for end in (views[name].boundary, before and before.boundary) if end is not None]
-                pointers[f"{self.pipeline}.{name}"] = Pointer(generation, max(ends, default=None))
+                ends = [views[name].boundary, before.boundary if before else None]
+                pointers[f"{self.pipeline}.{name}"] = Pointer(
+                    generation, max((end for end in ends if end is not None), default=None)
+                )
             store.flip(pointers)
 
     def _judge(self, counts: Conservation) -> None:
         violations = counts.violations()
         if violations:
-            raise DataRefused(f"{self.pipeline}: the law of conservation is broken, nothing was committed: {'; '.join(violations)}")
+            raise DataRefused(
+                f"{self.pipeline}: the law of conservation is broken, nothing was committed: {'; '.join(violations)}"
+            )
         allowed, read, rejected = self.deployment.max_rejected, counts.rows["read"], counts.rows["rejected"]
         if allowed is not None and read and rejected / read > allowed:
-            worst = ", ".join(f"{reason} {n:,}" for reason, n in sorted(counts.reasons.items(), key=lambda item: -item[1])[:3])
+            worst = ", ".join(
+                f"{reason} {n:,}" for reason, n in sorted(counts.reasons.items(), key=lambda item: -item[1])[:3]
+            )
             raise DataRefused(
                 f"{self.pipeline}: {rejected:,} of {read:,} rows were rejected ({rejected / read:.2%}), more than "
                 f"--max_rejected={allowed}; nothing was committed. Most: {worst}"
             )
 
     def _answered(self, answered: list[pa.Table]) -> dict[str, _Answered]:
-        found = {output.name: _Answered(0, 0, self.stop) for output in self.outputs if output.name in self.generations or output.name not in ("events", "dead letters")}
+        found = {
+            output.name: _Answered(0, 0, self.stop)
+            for output in self.outputs
+            if output.name in self.generations or output.name not in ("events", "dead letters")
+        }
         for row in pa.concat_tables([ANSWERS.empty_table(), *answered]).to_pylist():
             before = found[row["view"]]
             ends = [end for end in (before.boundary, row["boundary"]) if end is not None]
@@ -114,7 +124,11 @@ class Commit(beam.DoFn):  # type: ignore[misc]
             "rows": dict(counts.rows),
             "rejected": dict(counts.reasons),
             "dropped": {part: dict(reasons) for part, reasons in counts.dropped.items()},
-            "unmatched": {name: {reason: n for reason, n in of.items() if n} for name, of in counts.unmatched.items() if any(of.values())},
+            "unmatched": {
+                name: {reason: n for reason, n in of.items() if n}
+                for name, of in counts.unmatched.items()
+                if any(of.values())
+            },
             "views": {
                 name: {"rows": view.rows, "digest": f"{view.digest:016x}", "complete_through": _iso(view.boundary)}
                 for name, view in views.items()

@@ -32,7 +32,9 @@ def _name(kind: str, name: str) -> None:
 
 def _choice(what: str, value: str, choices: Any) -> None:
     if value not in get_args(choices):
-        raise DefinitionError(f"{what}={value!r}: one of {', '.join(get_args(choices))}.{nearest(value, get_args(choices))}")
+        raise DefinitionError(
+            f"{what}={value!r}: one of {', '.join(get_args(choices))}.{nearest(value, get_args(choices))}"
+        )
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ class Source:
         Duration.fixed(self.lateness, "Source lateness")
         for name in self.identities:
             if name not in self.schema.names:
-                raise DefinitionError(f"Source identity: no column {name!r} in {self.schema.name}.{nearest(name, self.schema.names)}")
+                raise DefinitionError(
+                    f"Source identity: no column {name!r} in {self.schema.name}.{nearest(name, self.schema.names)}"
+                )
 
     @property
     def schema(self) -> RowSchema:
@@ -88,11 +92,16 @@ class Dimension:
             object.__setattr__(self, field, value)
         for column in (*self.key, *((valid_from,) if valid_from else ())):
             if column not in self.schema.names:
-                raise DefinitionError(f"Dimension {name!r}: no column {column!r} in {row.__name__}.{nearest(column, self.schema.names)}")
+                raise DefinitionError(
+                    f"Dimension {name!r}: no column {column!r} in {row.__name__}.{nearest(column, self.schema.names)}"
+                )
 
     @property
     def schema(self) -> RowSchema:
         return RowSchema.of(self.row)
+
+
+_WHOLE = Whole()
 
 
 @dataclass(frozen=True, init=False)
@@ -116,7 +125,7 @@ class View:
         name: str,
         *,
         by: Names = (),
-        window: Window = Whole(),
+        window: Window = _WHOLE,
         steps: tuple[Step, ...] = (),
         doc: str = "",
         **measures: Measure | Sql,
@@ -132,7 +141,9 @@ class View:
             if measure in RESERVED or measure.startswith("_") or measure in names(by):
                 raise DefinitionError(f"view {name!r}: the name {measure!r} is taken or reserved; choose another")
             if not isinstance(value, Measure | str):
-                raise DefinitionError(f"view {name!r}, measure {measure}={value!r}: a measure such as Count(), or SQL text")
+                raise DefinitionError(
+                    f"view {name!r}, measure {measure}={value!r}: a measure such as Count(), or SQL text"
+                )
         values = (name, names(by), window, tuple(steps), doc, tuple(measures.items()), declared_at())
         for field, given in zip(dataclasses.fields(self), values, strict=True):
             object.__setattr__(self, field.name, given)
@@ -162,7 +173,10 @@ class Pipeline:
         object.__setattr__(self, "views", tuple(self.views))
         if not self.views and not self.events:
             raise DefinitionError(f"pipeline {self.name!r} keeps nothing: give it views, or events=True")
-        for what, given in (("view", [view.name for view in self.views]), ("dimension", [d.name for d in self.dimensions])):
+        for what, given in (
+            ("view", [view.name for view in self.views]),
+            ("dimension", [d.name for d in self.dimensions]),
+        ):
             for name in given:
                 if given.count(name) > 1:
                     raise DefinitionError(f"pipeline {self.name!r}: {what} {name!r} is declared twice")
@@ -179,19 +193,20 @@ class Pipeline:
         return sql.compile(self)
 
 
-
-
 def load(path_or_name: str, **parameters: str) -> Pipeline:
     """A pipeline by built-in name, or as ``path/to/file.py:object``; a function is called with the parameters.
 
-    Parameters given as text become the type of the function's annotation (int, float, bool, str). Raises DefinitionError.
+    Parameters given as text become the type of the function's annotation (int, float, bool). Raises DefinitionError.
     """
     path, _, attribute = path_or_name.partition(":")
     namespace, attribute = module(path_or_name), attribute or path
     found = namespace.get(attribute)
     if found is None:
         made = [name for name, value in namespace.items() if isinstance(value, Pipeline)]
-        raise DefinitionError(f"{path_or_name}: no {attribute!r} there.{nearest(attribute, list(namespace))} Pipelines there: {', '.join(made) or 'none'}")
+        raise DefinitionError(
+            f"{path_or_name}: no {attribute!r} there.{nearest(attribute, list(namespace))} "
+            f"Pipelines there: {', '.join(made) or 'none'}"
+        )
     if callable(found) and not isinstance(found, Pipeline):
         found = found(**_arguments(path_or_name, found, parameters))
     elif parameters:
@@ -220,7 +235,14 @@ def _executed(path: str) -> dict[str, Any]:
     except UserError:
         raise
     except Exception as error:
-        line = next((f":{frame.lineno}" for frame in reversed(traceback.extract_tb(error.__traceback__)) if frame.filename == path), "")
+        line = next(
+            (
+                f":{frame.lineno}"
+                for frame in reversed(traceback.extract_tb(error.__traceback__))
+                if frame.filename == path
+            ),
+            "",
+        )
         raise DefinitionError(f"{path}{line}: {type(error).__name__}: {error}") from error
     return vars(module)
 
@@ -230,7 +252,10 @@ def _builtin(name: str) -> dict[str, Any]:
 
     names = sorted(module.name for module in pkgutil.iter_modules(examples.__path__))
     if name not in names:
-        raise DefinitionError(f"--pipeline={name}: no such built-in pipeline.{nearest(name, names)} Built in: {', '.join(names)}; or path/to/file.py:object")
+        raise DefinitionError(
+            f"--pipeline={name}: no such built-in pipeline.{nearest(name, names)} "
+            f"Built in: {', '.join(names)}; or path/to/file.py:object"
+        )
     return vars(importlib.import_module(f"{examples.__name__}.{name}"))
 
 
@@ -239,7 +264,10 @@ def _arguments(name: str, function: Any, given: dict[str, str]) -> dict[str, Any
     arguments: dict[str, Any] = {}
     for parameter, value in given.items():
         if parameter not in parameters:
-            raise DefinitionError(f"{name} has no parameter {parameter!r}.{nearest(parameter, list(parameters))} It has: {', '.join(parameters) or 'none'}")
+            raise DefinitionError(
+                f"{name} has no parameter {parameter!r}.{nearest(parameter, list(parameters))} "
+                f"It has: {', '.join(parameters) or 'none'}"
+            )
         kind = parameters[parameter].annotation
         arguments[parameter] = _typed(name, parameter, value, kind)
     return arguments

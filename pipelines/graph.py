@@ -70,18 +70,34 @@ def prepare(pipeline: Pipeline, deployment: Deployment) -> Prepared:
     ranged = start is not None or stop is not None
     schema = dataclasses.replace(source.schema, fields=tuple(f for f in source.schema.fields if f.name in plan.columns))
     history = files.plan(deployment.history, schema, extra=source.extra, invalid=source.invalid)
-    dimensions = {d.name: files.plan(deployment.dimensions[d.name], d.schema, invalid="stop") for d in pipeline.dimensions}
+    dimensions = {
+        d.name: files.plan(deployment.dimensions[d.name], d.schema, invalid="stop") for d in pipeline.dimensions
+    }
     views = tuple(view for view in plan.views if not ranged or view.window.longest is not None)
     warehouse = f"{deployment.warehouse}/{pipeline.name}"
-    outputs = {"dead letters": _output("dead letters", f"{deployment.dead_letters}/{pipeline.name}", DEAD_LETTERS, "nothing" if ranged else "everything")}
+    outputs = {
+        "dead letters": _output(
+            "dead letters",
+            f"{deployment.dead_letters}/{pipeline.name}",
+            DEAD_LETTERS,
+            "nothing" if ranged else "everything",
+        )
+    }
     if pipeline.events:
-        outputs["events"] = _output("events", f"{warehouse}/events", plan.chain.schema, Replaced("event_time", start, stop) if ranged else "everything")
+        outputs["events"] = _output(
+            "events",
+            f"{warehouse}/events",
+            plan.chain.schema,
+            Replaced("event_time", start, stop) if ranged else "everything",
+        )
     for view in views:
-        replace = Replaced("window_start", start, stop) if ranged else "everything"
+        replace: Replace = Replaced("window_start", start, stop) if ranged else "everything"
         outputs[view.name] = _output(view.name, f"{warehouse}/{view.name}", view.schema, replace)
     skipped = tuple(view.name for view in plan.views if view not in views)
     token = _token(plan, history, dimensions, start, stop)
-    return Prepared(pipeline, deployment, plan, history, dimensions, outputs, views, skipped, start, stop, token, schema)
+    return Prepared(
+        pipeline, deployment, plan, history, dimensions, outputs, views, skipped, start, stop, token, schema
+    )
 
 
 def _output(name: str, uri: str, schema: pa.Schema, replace: Replace) -> Output:
@@ -189,14 +205,20 @@ def _begin(run: Prepared, view: ViewPlan) -> int:
 def _dimension(root: beam.Pipeline, dimension: Dimension, plan: files.Plan) -> beam.PCollection:
     """The whole dimension as one table, its keys checked. A row that cannot be read refuses the run."""
     read = root | f"read {dimension.name}" >> ReadFiles(plan)
-    decoded = read.rows | f"decode {dimension.name}" >> Decode(Decoder(dimension.schema, dimension.name, invalid="stop"))
+    decoded = read.rows | f"decode {dimension.name}" >> Decode(
+        Decoder(dimension.schema, dimension.name, invalid="stop")
+    )
     _ = decoded.dead | f"refuse {dimension.name}" >> beam.Map(_refuse, dimension.name).with_output_types(pa.Table)
-    return decoded.rows | f"gather {dimension.name}" >> beam.CombineGlobally(_Gather(dimension)).with_output_types(pa.Table)
+    return decoded.rows | f"gather {dimension.name}" >> beam.CombineGlobally(_Gather(dimension)).with_output_types(
+        pa.Table
+    )
 
 
 def _refuse(dead: pa.Table, name: str) -> pa.Table:
     first = dead.slice(0, 1).to_pylist()[0]
-    raise DataRefused(f"dimension {name}: {first['reason']} ({first['detail']}) in {first['source']} at {first['offset']}")
+    raise DataRefused(
+        f"dimension {name}: {first['reason']} ({first['detail']}) in {first['source']} at {first['offset']}"
+    )
 
 
 class _Gather(beam.CombineFn):  # type: ignore[misc]

@@ -49,8 +49,8 @@ class Partial(beam.DoFn):  # type: ignore[misc]
 class Merge(beam.CombineFn):  # type: ignore[misc]
     """Merges states. An accumulator is tables still to be merged, the first of them merged already.
 
-    Compaction is geometric: when what waits weighs more than what is merged (and than a share of PENDING), so each state
-    is merged a logarithmic number of times. Never mutates any accumulator but the first.
+    Compaction is geometric: when what waits weighs more than what is merged (and than a share of PENDING), so each
+    state is merged a logarithmic number of times. Never mutates any accumulator but the first.
     """
 
     def __init__(self, plan: ViewPlan, buckets: int) -> None:
@@ -129,7 +129,9 @@ class Aggregate(beam.PTransform):  # type: ignore[misc]
         super().__init__(self.plan.name)
 
     def expand(self, rows: beam.PCollection) -> dict[str, beam.PCollection]:
-        used = tuple(name for name in self.dimensions if self.plan.chain is not None and name in self.plan.chain.dimensions)
+        used = tuple(
+            name for name in self.dimensions if self.plan.chain is not None and name in self.plan.chain.dimensions
+        )
         sides = [beam.pvalue.AsSingleton(self.dimensions[name]) for name in used]
         partial = Partial(self.plan, self.buckets, used, self.cipher)
         parts = rows | "partial" >> beam.ParDo(partial, *sides).with_outputs("dead", "tallies", main="states")

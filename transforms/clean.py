@@ -30,7 +30,9 @@ class Between:
     def split(self, rows: pa.Table) -> tuple[pa.Table, pa.Table]:
         """The rows inside, and the tally of those outside."""
         time = f"epoch_us(TRY({self.event_time}))"
-        bounds = ([f"{time} < {self.start}"] if self.start is not None else []) + ([f"{time} >= {self.stop}"] if self.stop is not None else [])
+        bounds = ([f"{time} < {self.start}"] if self.start is not None else []) + (
+            [f"{time} >= {self.stop}"] if self.stop is not None else []
+        )
         if not bounds:
             return rows, tally("source", "filtered", 0)
         inside = query.run(f"SELECT * FROM batch WHERE NOT coalesce({' OR '.join(bounds)}, false)", {"batch": rows})

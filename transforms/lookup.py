@@ -20,6 +20,8 @@ def unique(name: str, key: tuple[str, ...], valid_from: str | None, table: pa.Ta
     twice = query.run(sql, {"batch": table})
     if len(twice):
         row = twice.to_pylist()[0]
-        where = ", ".join(f"{column}={str(row[column]) if column == valid_from else repr(row[column])}" for column in columns)
+        where = ", ".join(
+            f"{column}={str(row[column]) if column == valid_from else repr(row[column])}" for column in columns
+        )
         raise UserError(f"dimension {name}: {row['_copies']} rows for {where}; a key may be there once")
     return table

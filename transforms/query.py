@@ -1,7 +1,8 @@
 """DuckDB in the worker: one SQL text over named Arrow tables, answered as an Arrow table.
 
-A process has one in-memory database, and each thread a cursor of it. Time zone UTC; a division by zero and the logarithm of a
-negative number are errors, not infinities, as a row's fault must be seen. A call costs about 1 ms whatever the size, so one query serves a whole chain.
+A process has one in-memory database, and each thread a cursor of it. Time zone UTC; a division by zero and the
+logarithm of a negative number are errors, not infinities, as a row's fault must be seen. A call costs about 1 ms
+whatever the size, so one query serves a whole chain.
 """
 
 import dataclasses
@@ -68,6 +69,7 @@ class Query:
 
 
 def run(sql: str, tables: Mapping[str, pa.Table]) -> pa.Table:
+    """The answer of one query over tables by name. Raises duckdb.Error."""
     connection = cursor()
     for name, table in tables.items():
         connection.register(name, table)

@@ -147,7 +147,9 @@ def _field(row: type, name: str, hint: Any) -> Field:
         column = next((extra for extra in extras if isinstance(extra, Column)), column)
     hint, nullable = _optional(hint)
     if name.startswith("_") or name in RESERVED:
-        raise SchemaError(f"row {row.__name__}: the name {name!r} is reserved; rename the field (Column(path=…) keeps the payload's)")
+        raise SchemaError(
+            f"row {row.__name__}: the name {name!r} is reserved; rename the field (Column(path=…) keeps the payload's)"
+        )
     return Field(name, _arrow(hint, column, f"row {row.__name__}, field {name}"), nullable, column)
 
 

@@ -3,14 +3,11 @@
 Beam's default coder would pickle a slice together with its whole parent buffer; the IPC stream holds only its rows.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import apache_beam as beam
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-from apache_beam.coders import Coder, ListCoder, TupleCoder, VarIntCoder
+from apache_beam.coders import Coder, ListCoder
 
 _WRITE = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
 _READ = pa.ipc.IpcReadOptions(use_threads=False)

@@ -40,10 +40,14 @@ def history(folder: Path, seed: int) -> str:
         for number in range(ROWS)
     ]
     rows += rows[: ROWS // 20]
-    schema = pa.schema([("id", pa.int64()), ("at", pa.timestamp("us", "UTC")), ("shop", pa.string()), ("cents", pa.int64())])
+    schema = pa.schema(
+        [("id", pa.int64()), ("at", pa.timestamp("us", "UTC")), ("shop", pa.string()), ("cents", pa.int64())]
+    )
     folder.mkdir()
     for part in (0, 1):
-        pq.write_table(pa.Table.from_pylist(rows[part::2], schema=schema), folder / f"{part}.parquet", row_group_size=1_000)
+        pq.write_table(
+            pa.Table.from_pylist(rows[part::2], schema=schema), folder / f"{part}.parquet", row_group_size=1_000
+        )
     return f"{folder}/*.parquet"
 
 
@@ -53,13 +57,17 @@ def expected(files: str) -> dict[str, list[tuple[object, ...]]]:
     hour, day = """date_trunc('hour', "at")""", """date_trunc('day', "at")"""
     with duckdb.connect() as connection:
         connection.execute("SET TimeZone = 'UTC'")
-        shops = f"SELECT shop, {hour} AS w, count(*), sum(cents)::BIGINT, median(cents) FROM {kept} GROUP BY ALL ORDER BY ALL"
-        days = f"SELECT {day} AS w, count(DISTINCT shop), sum(cents)::BIGINT FROM {kept} GROUP BY ALL ORDER BY ALL"
+        sums = "sum(cents)::BIGINT"
+        shops = f"SELECT shop, {hour} AS w, count(*), {sums}, median(cents) FROM {kept} GROUP BY 1, 2 ORDER BY 1, 2"
+        days = f"SELECT {day} AS w, count(DISTINCT shop), {sums} FROM {kept} GROUP BY ALL ORDER BY ALL"
         return {"by_shop": connection.sql(shops).fetchall(), "by_day": connection.sql(days).fetchall()}
 
 
 def answers(table: pa.Table, view: str) -> list[tuple[object, ...]]:
-    names = {"by_shop": ["shop", "window_start", "sales", "revenue", "median"], "by_day": ["window_start", "shops", "revenue"]}
+    names = {
+        "by_shop": ["shop", "window_start", "sales", "revenue", "median"],
+        "by_day": ["window_start", "shops", "revenue"],
+    }
     with duckdb.connect() as connection:
         connection.execute("SET TimeZone = 'UTC'")
         connection.register("answers", table.select(names[view]))
@@ -111,7 +119,10 @@ def leftovers(place: Path) -> list[str]:
 
 def points(total: int, chance: random.Random) -> Sequence[int]:
     """Anywhere in a run, and as often in its last tenth, where it commits."""
-    return [chance.randrange(1, total) if chance.random() < 0.5 else chance.randrange(total * 9 // 10, total) for _ in range(ROUND)]
+    return [
+        chance.randrange(1, total) if chance.random() < 0.5 else chance.randrange(total * 9 // 10, total)
+        for _ in range(ROUND)
+    ]
 
 
 def test_fifty_kills_leave_readers_on_a_whole_answer_and_the_next_run_exact(tmp_path: Path) -> None:
@@ -130,7 +141,9 @@ def test_fifty_kills_leave_readers_on_a_whole_answer_and_the_next_run_exact(tmp_
             killed += process.returncode == -signal.SIGKILL
             for view, seen in read(place).items():
                 for answer in seen:
-                    assert answer in (right[old][view], right[new][view]), f"{view}: half an answer after point {point} of {total}"
+                    assert answer in (right[old][view], right[new][view]), (
+                        f"{view}: half an answer after point {point} of {total}"
+                    )
         total = whole_run(place, histories[new])
         for view, seen in read(place).items():
             assert seen == [right[new][view]] * 2, view

@@ -61,16 +61,25 @@ COLUMNS: dict[str, tuple[Any, st.SearchStrategy[Any]]] = {
     "g": (int | None, st.sampled_from([0, 1, -1, 2**62, None])),
     "flag": (bool | None, st.sampled_from([True, False, None])),
     "n": (int | None, st.one_of(st.none(), st.integers(-(10**6), 10**6))),
-    "x": (float | None, st.one_of(st.none(), st.floats(-1e6, 1e6, allow_nan=False).filter(lambda x: x == 0 or abs(x) > 1e-6))),
+    "x": (
+        float | None,
+        st.one_of(st.none(), st.floats(-1e6, 1e6, allow_nan=False).filter(lambda x: x == 0 or abs(x) > 1e-6)),
+    ),
     "d": (decimal.Decimal | None, st.one_of(st.none(), st.decimals(-1000, 1000, places=2))),
 }
 STEPS = [
     Pick(Check(small="n < 900000"), "SELECT * FROM {} WHERE coalesce(n < 900000, true)"),
-    Pick(Check(some="x is not null", word="k <> 'b'"), "SELECT * FROM {} WHERE x IS NOT NULL AND coalesce(k <> 'b', true)"),
+    Pick(
+        Check(some="x is not null", word="k <> 'b'"),
+        "SELECT * FROM {} WHERE x IS NOT NULL AND coalesce(k <> 'b', true)",
+    ),
     Pick(Filter("n % 2 = 0"), "SELECT * FROM {} WHERE n % 2 = 0"),
     Pick(Filter("flag"), "SELECT * FROM {} WHERE flag"),
     Pick(Derive(n="n + 1"), "SELECT * REPLACE (n + 1 AS n) FROM {}"),
-    Pick(Derive(x="coalesce(x, 0) / 2", flag="not flag"), "SELECT * REPLACE (coalesce(x, 0) / 2 AS x, NOT flag AS flag) FROM {}"),
+    Pick(
+        Derive(x="coalesce(x, 0) / 2", flag="not flag"),
+        "SELECT * REPLACE (coalesce(x, 0) / 2 AS x, NOT flag AS flag) FROM {}",
+    ),
     Pick(Derive(n="100 // n"), "SELECT * REPLACE (100 // n AS n) FROM {} WHERE n IS NULL OR n <> 0"),
 ]
 MEASURES = {
@@ -110,14 +119,16 @@ WINDOWS = [
     Pick(
         Sliding("1h", every="25m"),
         "SELECT *, window_start + INTERVAL 1 HOUR AS window_end FROM (SELECT *, unnest(generate_series("
-        "time_bucket(INTERVAL 25 MINUTE, t, TIMESTAMPTZ '1970-01-01 00:00:00+00') - INTERVAL 75 MINUTE, t, INTERVAL 25 MINUTE)) "
+        "time_bucket(INTERVAL 25 MINUTE, t, TIMESTAMPTZ '1970-01-01 00:00:00+00') - INTERVAL 75 MINUTE, "
+        "t, INTERVAL 25 MINUTE)) "
         "AS window_start FROM {}) WHERE window_start <= t AND t < window_start + INTERVAL 1 HOUR",
     ),
     Pick(
         Session("20m"),
         "SELECT *, min(t) OVER s AS window_start, max(t) OVER s + INTERVAL 20 MINUTE AS window_end FROM ("
-        "SELECT *, sum(opens) OVER (PARTITION BY {keys} ORDER BY t) AS session FROM (SELECT *, coalesce(t - lag(t) OVER ("
-        "PARTITION BY {keys} ORDER BY t) >= INTERVAL 20 MINUTE, true)::INT AS opens FROM {})) WINDOW s AS (PARTITION BY {keys}, session)",
+        "SELECT *, sum(opens) OVER (PARTITION BY {keys} ORDER BY t) AS session FROM ("
+        "SELECT *, coalesce(t - lag(t) OVER (PARTITION BY {keys} ORDER BY t) >= INTERVAL 20 MINUTE, true)::INT AS opens "
+        "FROM {})) WINDOW s AS (PARTITION BY {keys}, session)",
     ),
 ]
 
@@ -145,7 +156,9 @@ class Case:
             connection.register("given", self.rows)
             sql = f"SELECT {', '.join(group)}, {picked} FROM ({windowed}) GROUP BY {', '.join(group)}"
             answers = connection.sql(sql).to_arrow_table().to_pylist()
-        return [{name: value["v"] if isinstance(value, dict) else value for name, value in row.items()} for row in answers]
+        return [
+            {name: value["v"] if isinstance(value, dict) else value for name, value in row.items()} for row in answers
+        ]
 
 
 @st.composite
@@ -153,7 +166,9 @@ def cases(draw: st.DrawFn) -> Case:
     minutes = st.integers(0, 12 * 60).map(lambda m: START + datetime.timedelta(minutes=m))
     record = st.fixed_dictionaries({"t": minutes, **{name: values for name, (_, values) in COLUMNS.items()}})
     rows = draw(st.lists(record, max_size=40))
-    row = type("Row", (), {"__annotations__": {"t": datetime.datetime, **{name: kind for name, (kind, _) in COLUMNS.items()}}})
+    row = type(
+        "Row", (), {"__annotations__": {"t": datetime.datetime, **{name: kind for name, (kind, _) in COLUMNS.items()}}}
+    )
     source = Source(row, event_time="t")
     steps = tuple(draw(st.lists(st.sampled_from(STEPS), max_size=3)))
     by = tuple(draw(st.lists(st.sampled_from(["k", "g", "flag"]), unique=True, max_size=2)))
