@@ -55,7 +55,7 @@ def test_both_ways_agree_with_one_row_after_the_other(folder: Path | None, n: in
         for _ in range(300)
     ]
     rows = [{**event, "_source": f"file {at % 3}", "_offset": at} for at, event in enumerate(events)]
-    first: dict[str | None, dict[str, Any]] = {}
+    first: dict[Any, dict[str, Any]] = {}
     kept, dead, duplicates = [], [], 0
     for row in sorted(rows, key=lambda row: (row["_source"], row["_offset"])):
         winner = first.setdefault(row["id"], row)

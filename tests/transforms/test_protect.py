@@ -89,7 +89,7 @@ def test_another_key_purpose_or_context_does_not_decrypt(cipher: Cipher, context
 
 def run(expression: str, values: pa.Array) -> list[str | None]:
     tables = {"t": pa.table({"x": values}), KEYS: pseudonym_keys(KEY)}
-    return query.run(f"select {expression} as x from t", tables)["x"].to_pylist()
+    return query.run(f"select {expression} as x from t", tables)["x"].to_pylist()  # type: ignore[no-any-return]
 
 
 @given(st.lists(st.none() | st.text() | st.text("+0123456789", min_size=50, max_size=80), max_size=5))

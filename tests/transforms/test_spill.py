@@ -103,7 +103,7 @@ def test_what_a_killed_process_left_is_removed_but_not_what_a_living_one_has(tmp
 
 
 def test_a_full_disk_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.tempfile, "mkstemp", lambda dir: (os.open("/dev/full", os.O_WRONLY), "full"))
+    monkeypatch.setattr("tempfile.mkstemp", lambda dir: (os.open("/dev/full", os.O_WRONLY), "full"))
     with pytest.raises(UserError, match=f"cannot spill rows to {folder}: No space left on device; free some space"):
         write(Spill(folder, ("id",), 1), [rows(["a"], "a")])
 
