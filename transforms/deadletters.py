@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from pipelines.transforms import query
 from pipelines.transforms.errors import UserError
+from pipelines.transforms.payloads import bare
 from pipelines.transforms.protect import Cipher
 
 DEAD_LETTERS = pa.schema(
@@ -48,9 +49,9 @@ def refuse(
 ) -> pa.Table:
     """The dead letters (DEAD_LETTERS) of refused rows, in their order.
 
-    rows: a row table, or a raw one. The payload is `_raw` where the table has it; else the user's columns as one JSON
-    object, as DuckDB writes it (NaN and Infinity bare, binary as ``\\xFF`` escapes, times in UTC), and then format is
-    "json" whatever was given. cipher: encrypts payloads, bound to source and offset.
+    rows: a row table, or a raw one. The payload is `_raw` where the table has it, text without its line end; else the
+    user's columns as one JSON object, as DuckDB writes it (NaN and Infinity bare, binary as ``\\xFF`` escapes, times in
+    UTC), and then format is "json" whatever was given. cipher: encrypts payloads, bound to source and offset.
 
     >>> rows = pa.table({"x": [1], "_source": pa.array(["a.parquet"]).dictionary_encode(), "_offset": [7]})
     >>> dead = refuse(rows, pipeline="p", step="step 1 (Check)", reason="low", detail="x > 1", format="parquet")
@@ -59,7 +60,7 @@ def refuse(
     """
     source, offset = rows["_source"].cast(pa.string()), rows["_offset"]
     if "_raw" in rows.column_names:
-        payload = rows["_raw"]
+        payload = bare(rows["_raw"]) if format in ("csv", "json") else rows["_raw"]
     else:
         payload, format = _json(rows), "json"
     if cipher is not None:
