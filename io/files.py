@@ -13,7 +13,7 @@ from typing import Protocol
 import pyarrow as pa
 
 from pipelines.io import blocks, rowgroups, text
-from pipelines.io.places import File, find
+from pipelines.io.places import File, aside, find
 from pipelines.io.splits import Split
 from pipelines.transforms.casts import convertible, type_name
 from pipelines.transforms.errors import DataRefused, UserError
@@ -53,7 +53,7 @@ def plan(
     one. A nullable column may lack in some files, not in all. Raises DataRefused for an unknown column with
     ``extra="stop"``.
     """
-    files = [_open(file, schema) for file in find(uri)]
+    files = aside(lambda file: _open(file, schema), find(uri))
     known = [opened.columns for opened in files if opened.columns is not None]
     for opened in files:
         if opened.columns is not None:

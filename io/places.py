@@ -11,11 +11,16 @@ import gzip
 import os
 import re
 import zipfile
-from collections.abc import Iterator
-from typing import IO, Any, cast
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO, Any, TypeVar, cast
 from urllib.parse import unquote
 
 from pipelines.transforms.errors import UserError
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 FORMATS = {
     ".parquet": "parquet",
@@ -101,8 +106,6 @@ class File:
 @contextlib.contextmanager
 def truncation(file: File) -> Iterator[None]:
     """A damaged archive is the user's to mend, wherever in the file it shows."""
-    import zlib
-
     try:
         yield
     except (EOFError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile) as error:
@@ -119,7 +122,7 @@ def find(uri: str) -> list[File]:
     """
     place, options = _parse(uri)
     sizes = _local(place) if "://" not in place else _remote(place)
-    files = [file for path, size in sizes for file in _files(path, size, options, uri)]
+    files = [file for found in aside(lambda place: _files(*place, options, uri), sizes) for file in found]
     full = [file for file in files if file.size]
     if not full:
         raise UserError(f"{files[0].source if files else uri}: the file is empty (0 bytes)")
@@ -127,6 +130,14 @@ def find(uri: str) -> list[File]:
         if not file.size and file.format in ("parquet", "avro"):
             raise UserError(f"{file.source}: the file is empty (0 bytes), which is not {file.format}")
     return full
+
+
+def aside(function: Callable[[A], B], items: Sequence[A]) -> list[B]:
+    """The function of each item, many at a time: looking at a remote file is waiting for it."""
+    if len(items) < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(function, items))
 
 
 def _parse(uri: str) -> tuple[str, Options]:
@@ -142,7 +153,7 @@ def _local(place: str) -> list[tuple[str, int]]:
         raise UserError(f"{place}: a folder; name its files, such as {os.path.join(place, '*.parquet')}")
     paths = [place] if os.path.exists(place) else sorted(filter(os.path.isfile, glob.glob(place, recursive=True)))
     if not paths:
-        raise _missing(place, os.listdir(_folder(place)) if os.path.isdir(_folder(place)) else None)
+        raise _missing(place, os.listdir(_folder(place)) if os.access(_folder(place), os.R_OK) else None)
     return [(path, os.path.getsize(path)) for path in paths]
 
 
@@ -154,7 +165,7 @@ def _missing(place: str, beside: list[str] | None) -> UserError:
     if glob.has_magic(place):
         return UserError(f"{place}: no file matches")
     if beside is None:
-        return UserError(f"{place}: no such file, nor the folder {_folder(place)}")
+        return UserError(f"{place}: no such file, nor a readable folder {_folder(place)}")
     nearest = difflib.get_close_matches(os.path.basename(place), beside, 1)
     return UserError(
         f"{place}: no such file" + (f". Nearest: {os.path.join(_folder(place), nearest[0])}" if nearest else "")
@@ -258,6 +269,8 @@ def _members(path: str, stem: str, options: Options, uri: str) -> list[File]:
     with _open(path) as stored:
         try:
             infos = [info for info in zipfile.ZipFile(stored).infolist() if _is_data(info)]
+            if any(info.flag_bits & 1 for info in infos):
+                raise UserError(f"{path}: the archive has a password; unpack it first")
         except zipfile.BadZipFile as error:
             raise UserError(f"{path}: zip data is damaged or cut off ({error}); fetch the file again") from error
     files = []

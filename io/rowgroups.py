@@ -10,7 +10,7 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.io.places import File, refuse_repeated
+from pipelines.io.places import File
 from pipelines.io.splits import ROWS, Split, bookkeeping
 from pipelines.transforms.conform import OFFSET, SOURCE
 from pipelines.transforms.errors import UserError
@@ -35,7 +35,8 @@ class RowGroups:
         """Raises UserError for a file that is cut off or damaged."""
         with _opened(file) as parquet:
             schema = parquet.schema_arrow
-            refuse_repeated(file, schema.names)
+            if twice := [name for name in schema.names if schema.names.count(name) > 1]:
+                raise UserError(f"{file.source}: two columns are named {twice[0]!r}; write it again with other names")
             return RowGroups(file, parquet.metadata, {field.name: field.type for field in schema})
 
     def splits(self, wanted: tuple[str, ...], step: int) -> list[Split]:

@@ -349,7 +349,7 @@ def test_a_missing_path_names_the_nearest(tmp_path: Path) -> None:
     assert (
         refused(f"{tmp_path}/fligths.csv") == f"{tmp_path}/fligths.csv: no such file. Nearest: {tmp_path}/flights.csv"
     )
-    assert "nor the folder" in refused(f"{tmp_path}/none/x.csv")
+    assert "nor a readable folder" in refused(f"{tmp_path}/none/x.csv")
     assert refused(f"{tmp_path}/*.parquet") == f"{tmp_path}/*.parquet: no file matches"
     assert refused(str(tmp_path)) == f"{tmp_path}: a folder; name its files, such as {tmp_path}/*.parquet"
 
@@ -416,6 +416,7 @@ def test_a_header_without_rows_is_no_mistake(tmp_path: Path) -> None:
         ("x.json", b' [{"id": 1}]', "a JSON array; write one object a line"),
         ("x.csv", b"\xff,\xfe\n1,2\n", "the header is not UTF-8 text"),
         ("x.csv", b"\n\n", "no header line"),
+        ("x.csv", b"id,text,id\n1,a,2\n", "2 columns are named 'id'; rename all but one"),
     ],
 )
 def test_bytes_that_are_not_what_the_name_says_are_told(tmp_path: Path, name: str, data: bytes, told: str) -> None:
