@@ -16,8 +16,8 @@ import click
 from benchmarks import cases, page
 from benchmarks.cases import Case
 from benchmarks.data import ROOT, Dataset
-from benchmarks.figures import Figures, Run
-from benchmarks.peers import Peer
+from benchmarks.figures import FIGURES, Figures, Run
+from benchmarks.peers import OURS, Peer
 from benchmarks.verify import WrongAnswerError, verify
 
 QUICK = ROOT / "quick.json"
@@ -38,7 +38,7 @@ class RunFailedError(Exception):
 @click.option("--rounds", type=int, help="Another number of rounds than each case's own.")
 def main(quick: bool, once: bool, only: tuple[str, ...], names: tuple[str, ...], rounds: int | None) -> None:
     """Measures this project against its peers: figures into docs/benchmarks.json, tables and chart from them."""
-    path = QUICK if quick else page.FIGURES
+    path = QUICK if quick else FIGURES
     figures = Figures({}, []) if quick else Figures.load(path)
     figures.machine = _machine()
     session = datetime.now(UTC).isoformat(timespec="seconds")
@@ -52,8 +52,17 @@ def main(quick: bool, once: bool, only: tuple[str, ...], names: tuple[str, ...],
     if quick:
         click.echo(page.summary(figures))
     else:
-        page.write(figures)
+        _profile(only, names)
+        page.write(Figures.load(path))
     sys.exit(1 if failures else 0)
+
+
+def _profile(only: tuple[str, ...], names: tuple[str, ...]) -> None:
+    """Says where our own CPU-seconds go, of the cases that were asked for."""
+    for job, dataset in cases.PROFILES:
+        if (not only or f"{job}-{dataset}" in only) and (not names or OURS.name in names):
+            command = [sys.executable, "-m", "benchmarks.profiling", job, dataset]
+            subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
 
 
 def _rounds(case: Case, peers: list[Peer], rounds: int, session: str, failures: list[str]) -> Iterator[Run]:

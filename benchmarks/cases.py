@@ -50,3 +50,5 @@ ONCE = (
     _case("base", "3M", PATHWAY, rounds=1),
     _case("sketch", "3M", BEAM_ROWS, rounds=1),
 )
+
+PROFILES = (("base", "3M"), ("base", "30M"), ("sketch", "3M"), ("sketch", "30M"))

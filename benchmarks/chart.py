@@ -7,6 +7,7 @@ from benchmarks.data import DATASETS
 from benchmarks.figures import Figures
 
 OURS = "ours"
+SIZES = ("3M", "30M", "300M")
 COLOURS = {"base": "#1f6f8b", "sketch": "#99a8b2"}
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "benchmarks",
@@ -53,10 +54,12 @@ def _speeds(axes: Any, figures: Figures) -> None:
 def _line(axes: Any, figures: Figures) -> None:
     """CPU-seconds over rows; both axes logarithmic, so a cost that grows with the rows has slope 1."""
     for job, peer, style in (("base", OURS, "o-"), ("sketch", OURS, "o--"), ("base", "DuckDB", "s:")):
-        sizes = [size for size in ("3M", "30M", "300M") if figures.of(job, size, peer)]
+        sizes = [size for size in SIZES if figures.of(job, size, peer)]
         costs = [figures.median(job, size, peer, "cpu") for size in sizes]
         axes.plot([DATASETS[size].rows for size in sizes], costs, style, label=f"{peer}, {job}", color=COLOURS[job])
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.set_xticks([DATASETS[size].rows for size in SIZES], SIZES)
+    axes.minorticks_off()
     axes.set_title("CPU-seconds over rows (log–log)")
     axes.legend(frameon=False)

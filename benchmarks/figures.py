@@ -10,6 +10,8 @@ from typing import Any
 from benchmarks.measure import Measured
 from benchmarks.verify import Accuracy
 
+FIGURES = Path("docs/benchmarks.json")
+
 
 @dataclasses.dataclass(frozen=True)
 class Run(Measured):
@@ -38,6 +40,8 @@ class Figures:
 
     machine: dict[str, str]
     runs: list[Run]
+    profiles: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    """By job and rows (base-30M): the CPU-seconds of each part of our own run."""
 
     @classmethod
     def load(cls, path: Path) -> "Figures":
@@ -45,13 +49,13 @@ class Figures:
         if not path.exists():
             return cls({}, [])
         stored = json.loads(path.read_text(encoding="utf-8"))
-        return cls(stored["machine"], [_run(fields) for fields in stored["runs"]])
+        return cls(stored["machine"], [_run(fields) for fields in stored["runs"]], stored.get("profiles", {}))
 
     def save(self, path: Path) -> None:
         runs = ",\n".join(json.dumps(dataclasses.asdict(run)) for run in self.runs)
-        path.write_text(
-            f'{{"machine": {json.dumps(self.machine, indent=1)},\n"runs": [\n{runs}\n]}}\n', encoding="utf-8"
-        )
+        machine, profiles = json.dumps(self.machine, indent=1), json.dumps(self.profiles, indent=1)
+        text = f'{{"machine": {machine},\n"profiles": {profiles},\n"runs": [\n{runs}\n]}}\n'
+        path.write_text(text, encoding="utf-8")
 
     def add(self, run: Run) -> None:
         """Adds a run; those of an earlier session of the same program in the same case give way."""

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 PR_SET_CHILD_SUBREAPER = 36
-INTERVAL = 0.05
+INTERVAL = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Measured:
 
     ``cpu``: user and system seconds of every process of the tree, from the kernel's accounts (wait4), not sampled.
     ``wall``: seconds until the command itself ended. ``peak_mib``: the greatest sum of resident sizes over the tree,
-    sampled every 50 ms (shared pages count once per process), but at least the kernel's exact peak of its largest
+    sampled every 100 ms (shared pages count once per process), but at least the kernel's exact peak of its largest
     process (ru_maxrss).
     """
 

@@ -1,12 +1,12 @@
 """The tables and the chart of docs/benchmarks.md, from the figures alone: ``python -m benchmarks.page``."""
 
+from collections import Counter
 from pathlib import Path
 
 from benchmarks import chart
-from benchmarks.figures import Figures
+from benchmarks.figures import FIGURES, Figures
 
 DOCS = Path("docs")
-FIGURES = DOCS / "benchmarks.json"
 PAGE = DOCS / "benchmarks.md"
 OURS, DUCKDB, ROWS = "ours", "DuckDB", "Beam, per row"
 NONE = "–"
@@ -42,6 +42,7 @@ def tables(figures: Figures) -> dict[str, str]:
         "sketch": _job(figures, "sketch"),
         "sizes": _sizes(figures),
         "accuracy": _accuracy(figures),
+        "profile": _profile(figures),
         "machine": machine + ".",
     }
 
@@ -79,6 +80,21 @@ def _sizes(figures: Figures) -> str:
     return _table(["job", "rows", "CPU-s", "CPU-µs per row", "wall s", "peak MiB", "× DuckDB"], rows)
 
 
+def _profile(figures: Figures) -> str:
+    """The parts of our own runs, those that cost most over all first."""
+    names = sorted(figures.profiles, key=lambda name: sum(figures.profiles[name].values()))
+    totals = Counter[str]()
+    for name in names:
+        totals.update(figures.profiles[name])  # a Counter adds up seconds as well as counts
+    rows = [[part, *(_share(figures.profiles[name], part) for name in names)] for part, _ in totals.most_common()]
+    return _table(["part", *(f"{name}: CPU-s" for name in names)], rows)
+
+
+def _share(profile: dict[str, float], part: str) -> str:
+    seconds = profile.get(part, 0.0)
+    return f"{seconds:.2f} ({seconds / sum(profile.values()):.0%})"
+
+
 def _accuracy(figures: Figures) -> str:
     rows = []
     for run in figures.runs:
@@ -97,8 +113,8 @@ def _bars(figures: Figures) -> str:
         return max(peaks, default=None)
 
     def ahead(peer: str) -> float | None:
-        speed = figures.speed("base", peer)
-        return figures.speed("base", OURS) / speed if speed else None
+        mine, theirs = figures.speed("base", OURS), figures.speed("base", peer)
+        return mine / theirs if mine and theirs else None
 
     rows_ratio = ratio("base", "3M", ROWS)
     bars: list[Bar] = [

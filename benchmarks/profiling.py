@@ -1,4 +1,4 @@
-"""Where our own CPU-seconds go: ``python -m benchmarks.profiling base 30M``, one run in this process.
+"""Where our own CPU-seconds go: ``python -m benchmarks.profiling base 30M``, one run, into the figures.
 
 The parts of the graph are wrapped with a clock of the process's CPU time, all threads: the runner works on one bundle
 at a time, so what passes between entering and leaving a part is that part's. One inside another counts for itself only.
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.data import DATASETS, ROOT
+from benchmarks.figures import FIGURES, Figures
 from benchmarks.peers import OURS
 
 # What is wrapped, by the name of the part it counts for.
@@ -104,10 +105,10 @@ def main(job: str, dataset: str) -> None:
         except SystemExit as ended:
             if ended.code:
                 raise
-    clock.enter("")
-    total = sum(clock.spent.values())
-    for part, seconds in clock.spent.most_common():
-        print(f"{part:20} {seconds:7.2f} CPU-s {seconds / total:5.0%}")
+    clock.leave()
+    figures = Figures.load(FIGURES)
+    figures.profiles[f"{job}-{dataset}"] = {part: round(seconds, 2) for part, seconds in clock.spent.most_common()}
+    figures.save(FIGURES)
 
 
 def _wrap(clock: Clock, part: str, place: str) -> None:
