@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 from pipelines import sql
 from pipelines.transforms.errors import UserError
+from pipelines.transforms.conform import EXTRA
 from pipelines.transforms.expressions import DefinitionError, nearest
 from pipelines.transforms.measures import Measure
 from pipelines.transforms.schema import RESERVED, Extra, Invalid, RowSchema
@@ -80,6 +81,11 @@ class Source:
 @dataclass(frozen=True, init=False)
 class Dimension:
     """A table that rows are looked up in by ``key``; with ``valid_from`` it keeps history and joins as of a time."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of a row as it comes: the schema's and, where what it lacks is kept, ``_extra``."""
+        return (*self.schema.names, *((EXTRA.name,) if self.extra == "keep" else ()))
 
     name: str
     row: type

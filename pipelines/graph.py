@@ -18,7 +18,7 @@ from pipelines.io import files
 from pipelines.io.read import ReadFiles
 from pipelines.io.store import Range, open_store
 from pipelines.io.table import Between as Replaced
-from pipelines.io.table import Replace, open_table
+from pipelines.io.table import Replace, Table, open_table
 from pipelines.io.upsert import WriteStore
 from pipelines.io.write import StageTable
 from pipelines.options import Deployment
@@ -26,11 +26,11 @@ from pipelines.sql import Plan
 from pipelines.transforms import progress, tables
 from pipelines.transforms.aggregate import Aggregate
 from pipelines.transforms.clean import Between, Clean
-from pipelines.transforms.deadletters import DEAD_LETTERS, PURPOSE
+from pipelines.transforms.deadletters import DEAD_LETTERS, PURPOSE, unheld
 from pipelines.transforms.decode import Decode
 from pipelines.transforms.decoder import Decoder
 from pipelines.transforms.dedupe import Dedupe
-from pipelines.transforms.errors import DataRefused
+from pipelines.transforms.errors import UserError
 from pipelines.transforms.lookup import unique
 from pipelines.transforms.protect import Cipher, Key
 from pipelines.transforms.schema import RowSchema
@@ -66,9 +66,13 @@ class Prepared:
 def prepare(pipeline: Pipeline, deployment: Deployment) -> Prepared:
     """Plans the files, opens the tables, checks what the user can mend. Raises UserError; writes nothing."""
     plan, source = pipeline.plan(), pipeline.source
+    chains = (plan.chain, *(view.chain for view in plan.views if view.chain is not None))
+    if source.schema.personal or any(chain.keyed for chain in chains):
+        Key.load()  # a run that would end without it had better not begin
     start, stop = (None if at is None else int(at.timestamp() * 1_000_000) for at in (deployment.from_, deployment.to))
     ranged = start is not None or stop is not None
-    schema = dataclasses.replace(source.schema, fields=tuple(f for f in source.schema.fields if f.name in plan.columns))
+    used = tuple(f for f in source.schema.fields if f.name in plan.columns or source.extra != "ignore")
+    schema = dataclasses.replace(source.schema, fields=used)  # an unused column would be one that we do not know
     history = files.plan(deployment.history, schema, extra=source.extra, invalid=source.invalid)
     dimensions = {
         d.name: files.plan(deployment.dimensions[d.name], d.schema, invalid="stop") for d in pipeline.dimensions
@@ -146,7 +150,11 @@ def build(root: beam.Pipeline, run: Prepared, *, spill: Path | None = None) -> N
             name = f"{run.pipeline.name}.{view.name}"
             write = WriteStore(deployment.store, name, generations[view.name])
             written.append(answers["main"] | f"store {view.name}" >> beam.ParDo(write))
-    staged["dead letters"] = _stage(dead | "dead letters" >> beam.Flatten(), "dead letters", run)
+    letters = dead | "dead letters" >> beam.Flatten()
+    held = run.outputs["dead letters"]
+    if held.replace == "nothing" and held.version > 1:
+        letters = letters | "not held yet" >> beam.Map(_unheld, held.table).with_output_types(pa.Table)
+    staged["dead letters"] = _stage(letters, "dead letters", run)
     outputs = tuple(run.outputs.values())
     commit = Commit(run.pipeline.name, run.token, outputs, generations, deployment, run.stop, run.skipped)
     lists = [tallies, [clean.spans], answered, written, *([staged[output.name]] for output in outputs)]
@@ -159,7 +167,7 @@ def _dedupe(run: Prepared, folder: Path | None, cipher: Cipher | None) -> Dedupe
     parts = partitions(run.history.rows, run.history.bytes)
     return Dedupe(
         identity,
-        tuple(run.schema.names),
+        run.pipeline.source.columns,
         pipeline=run.pipeline.name,
         format=_format(run),
         spill=None if folder is None else Spill(folder, identity, parts),
@@ -206,7 +214,7 @@ def _dimension(root: beam.Pipeline, dimension: Dimension, plan: files.Plan) -> b
     """The whole dimension as one table, its keys checked. A row that cannot be read refuses the run."""
     read = root | f"read {dimension.name}" >> ReadFiles(plan)
     decoded = read.rows | f"decode {dimension.name}" >> Decode(
-        Decoder(dimension.schema, dimension.name, invalid="stop")
+        Decoder(dimension.schema, dimension.name)
     )
     _ = decoded.dead | f"refuse {dimension.name}" >> beam.Map(_refuse, dimension.name).with_output_types(pa.Table)
     return decoded.rows | f"gather {dimension.name}" >> beam.CombineGlobally(_Gather(dimension)).with_output_types(
@@ -216,15 +224,21 @@ def _dimension(root: beam.Pipeline, dimension: Dimension, plan: files.Plan) -> b
 
 def _refuse(dead: pa.Table, name: str) -> pa.Table:
     first = dead.slice(0, 1).to_pylist()[0]
-    raise DataRefused(
-        f"dimension {name}: {first['reason']} ({first['detail']}) in {first['source']} at {first['offset']}"
-    )
+    what = first["detail"] if first["reason"] in first["detail"] else f"{first['reason']}, {first['detail']}"
+    where = f"dimension {name}: {first['source']} at {first['offset']}"
+    raise UserError(f"{where}: {what}; look-ups need every row, so mend or remove it")
 
 
+def _unheld(dead: pa.Table, table: Table) -> pa.Table:
+    return unheld(dead, table.dataset()) if len(dead) else dead
+
+
+@beam.typehints.with_input_types(pa.Table)
+@beam.typehints.with_output_types(pa.Table)
 class _Gather(beam.CombineFn):  # type: ignore[misc]
     def __init__(self, dimension: Dimension) -> None:
         self._name, self._key, self._from = dimension.name, dimension.key, dimension.valid_from
-        self._schema = dimension.schema.arrow
+        self._schema, self._personal = dimension.schema.arrow, dimension.schema.personal
 
     def create_accumulator(self) -> list[pa.Table]:
         return [self._schema.empty_table()]
@@ -236,7 +250,7 @@ class _Gather(beam.CombineFn):  # type: ignore[misc]
         return [table for accumulator in accumulators for table in accumulator]
 
     def extract_output(self, accumulator: list[pa.Table]) -> pa.Table:
-        return unique(self._name, self._key, self._from, pa.concat_tables(accumulator))
+        return unique(self._name, self._key, self._from, pa.concat_tables(accumulator), self._personal)
 
     def get_accumulator_coder(self) -> beam.coders.Coder:
         return tables.TABLES

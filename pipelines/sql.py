@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.transforms import query
 from pipelines.transforms.chain import Chain
+from pipelines.transforms.conform import EXTRA
 from pipelines.transforms.expressions import DefinitionError, arrow_types, check, quote, underlined
 from pipelines.transforms.measures import Measure
 from pipelines.transforms.stage import Builder, Rule, Scope
@@ -42,6 +43,8 @@ def compile(pipeline: "Pipeline") -> Plan:
     Raises DefinitionError at the first thing that cannot run.
     """
     types = arrow_types(pipeline.source.schema.arrow)
+    if pipeline.source.extra == "keep":
+        types[EXTRA.name] = "VARCHAR"
     builder = Builder(pipeline.name, Scope(types, {name: frozenset({name}) for name in types}), "source")
     event_time = _event_time(builder, pipeline.source.event_time)
     _steps(builder, pipeline)

@@ -193,7 +193,7 @@ class _Evaluation:
         source = self.pipeline.source
         if not batches:
             return [], DEAD_LETTERS.empty_table(), []
-        found = deduplicate(pa.concat_tables(batches), source.identities, tuple(source.schema.names))
+        found = deduplicate(pa.concat_tables(batches), source.identities, source.columns)
         conflicts = refuse(
             found.conflicts,
             pipeline=self.pipeline.name,

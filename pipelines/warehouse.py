@@ -17,6 +17,7 @@ import pyarrow as pa
 from pipelines.definition import Pipeline
 from pipelines.io.table import open_table
 from pipelines.report import cell, grid, indent
+from pipelines.transforms.conform import EXTRA
 from pipelines.transforms.errors import UserError
 from pipelines.transforms.expressions import quote
 
@@ -93,7 +94,7 @@ def _open(database: duckdb.DuckDBPyConnection, warehouse: str, pipeline: str, vi
     dataset = open_table(f"{warehouse.rstrip('/')}/{pipeline}/{view}").dataset()
     hidden = f"_{pipeline}_{view}"
     database.register(hidden, dataset)
-    columns = ", ".join(quote(name) for name in dataset.schema.names if not name.startswith("_"))
+    columns = ", ".join(quote(name) for name in dataset.schema.names if name == EXTRA.name or not name.startswith("_"))
     database.execute(f"CREATE SCHEMA IF NOT EXISTS {quote(pipeline)}")
     database.execute(f"CREATE VIEW {quote(pipeline)}.{quote(view)} AS SELECT {columns} FROM {quote(hidden)}")
 

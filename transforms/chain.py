@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.transforms import conservation, query
+from pipelines.transforms.conform import RAW
 from pipelines.transforms.deadletters import DEAD_LETTERS, refuse
 from pipelines.transforms.errors import DataRefused
 from pipelines.transforms.protect import KEYS, Cipher, Key, pseudonym_keys
@@ -106,6 +107,11 @@ class Chain:
         stages = (stage for stage in self.stages if isinstance(stage, SqlStage))
         return tuple(dict.fromkeys(name for stage in stages for name in stage.dimensions))
 
+    @property
+    def keyed(self) -> bool:
+        """Whether these steps make pseudonyms."""
+        return any(isinstance(stage, SqlStage) and stage.keyed for stage in self.stages)
+
     def run(
         self,
         batch: pa.Table,
@@ -177,7 +183,7 @@ def _query(stage: SqlStage, batch: pa.Table, others: Mapping[str, pa.Table]) -> 
 
 
 def _aliased(rows: pa.Table, column: str) -> pa.Table:
-    names = [name for name in rows.column_names if not name.startswith("_")]
+    names = [name for name in rows.column_names if name not in (*BOOKKEEPING, RAW.name)]
     columns = [*rows.select(names).columns, rows[column], *rows.select(BOOKKEEPING).columns]
     return pa.table(columns, [*names, "event_time", *BOOKKEEPING])
 

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as pads
 
 from pipelines.transforms import query
 from pipelines.transforms.errors import UserError
+from pipelines.transforms.expressions import quote
 from pipelines.transforms.payloads import bare
 from pipelines.transforms.protect import Cipher
 
@@ -81,6 +83,19 @@ def payloads(letters: pa.Table, cipher: Cipher | None = None) -> pa.ChunkedArray
         )
     closed = pc.if_else(sealed, letters["payload"], pa.scalar(None, pa.binary()))
     return pc.coalesce(cipher.decrypt(closed, _contexts(letters["source"], letters["offset"])), letters["payload"])
+
+
+def unheld(letters: pa.Table, held: pads.Dataset) -> pa.Table:
+    """The dead letters that a table of them does not hold yet: none of the same place, step, reason and payload.
+
+    What a run over a range refuses is added to what other ranges have refused, and the same range may run again.
+    """
+    offsets, there = pc.min_max(letters["offset"]), pads.field("offset")
+    near = pads.field("source").isin(letters["source"].unique()) & (there >= offsets["min"]) & (there <= offsets["max"])
+    same = ("source", "offset", "step", "reason", "payload")
+    sql = f"SELECT letters.* FROM letters ANTI JOIN held USING ({', '.join(map(quote, same))})"
+    found = query.run(sql, {"letters": letters, "held": held.to_table(list(same), filter=near)})
+    return found.cast(DEAD_LETTERS)
 
 
 def _json(rows: pa.Table) -> pa.ChunkedArray:

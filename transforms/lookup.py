@@ -7,8 +7,12 @@ from pipelines.transforms.errors import UserError
 from pipelines.transforms.expressions import quote
 
 
-def unique(name: str, key: tuple[str, ...], valid_from: str | None, table: pa.Table) -> pa.Table:
+def unique(
+    name: str, key: tuple[str, ...], valid_from: str | None, table: pa.Table, personal: tuple[str, ...] = ()
+) -> pa.Table:
     """The dimension's table, if each key (and time) is there once; else a UserError that shows one that is not.
+
+    personal: columns whose values are shown as ``***``.
 
     >>> unique("airports", ("faa",), None, pa.table({"faa": ["EWR", "EWR"]}))
     Traceback (most recent call last):
@@ -20,8 +24,7 @@ def unique(name: str, key: tuple[str, ...], valid_from: str | None, table: pa.Ta
     twice = query.run(sql, {"batch": table})
     if len(twice):
         row = twice.to_pylist()[0]
-        where = ", ".join(
-            f"{column}={str(row[column]) if column == valid_from else repr(row[column])}" for column in columns
-        )
+        shown = {c: "***" if c in personal else str(row[c]) if c == valid_from else repr(row[c]) for c in columns}
+        where = ", ".join(f"{column}={value}" for column, value in shown.items())
         raise UserError(f"dimension {name}: {row['_copies']} rows for {where}; a key may be there once")
     return table
