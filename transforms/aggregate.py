@@ -46,6 +46,8 @@ class Partial(beam.DoFn):  # type: ignore[misc]
         yield from split(states, self.plan.by, self.buckets)
 
 
+@beam.typehints.with_input_types(pa.Table)
+@beam.typehints.with_output_types(pa.Table)
 class Merge(beam.CombineFn):  # type: ignore[misc]
     """Merges states. An accumulator is tables still to be merged, the first of them merged already.
 
@@ -137,7 +139,7 @@ class Aggregate(beam.PTransform):  # type: ignore[misc]
         parts = rows | "partial" >> beam.ParDo(partial, *sides).with_outputs("dead", "tallies", main="states")
         answers = (
             parts.states
-            | "merge" >> beam.CombinePerKey(Merge(self.plan, self.buckets)).with_output_types(tuple[int, pa.Table])
+            | "merge" >> beam.CombinePerKey(Merge(self.plan, self.buckets))
             | "answer"
             >> beam.ParDo(Answer(self.plan, self.start, self.stop)).with_outputs("answered", "tallies", main="main")
         )
