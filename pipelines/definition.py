@@ -10,16 +10,17 @@ import inspect
 import pkgutil
 import sys
 import traceback
+from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from pipelines import sql
-from pipelines.transforms.errors import UserError
 from pipelines.transforms.conform import EXTRA
+from pipelines.transforms.errors import UserError
 from pipelines.transforms.expressions import DefinitionError, nearest
 from pipelines.transforms.measures import Measure
-from pipelines.transforms.schema import RESERVED, Extra, Invalid, RowSchema
+from pipelines.transforms.schema import RESERVED, UTC_MICROS, Extra, Invalid, RowSchema
 from pipelines.transforms.steps import Names, Sql, Step, declared_at, names
 from pipelines.transforms.windows import Duration, Whole, Window
 
@@ -36,6 +37,14 @@ def _choice(what: str, value: str, choices: Any) -> None:
         raise DefinitionError(
             f"{what}={value!r}: one of {', '.join(get_args(choices))}.{nearest(value, get_args(choices))}"
         )
+
+
+def _tuple(what: str, values: Any, kind: type) -> tuple[Any, ...]:
+    every = tuple(values) if isinstance(values, Iterable) else (values,)
+    for value in every:
+        if not isinstance(value, kind):
+            raise DefinitionError(f"{what}: {value!r} is no {kind.__name__}")
+    return every
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,11 @@ class Source:
         return RowSchema.of(self.row)
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of a row as it comes: the schema's and, where what it lacks is kept, ``_extra``."""
+        return (*self.schema.names, *((EXTRA.name,) if self.extra == "keep" else ()))
+
+    @property
     def identities(self) -> tuple[str, ...]:
         return () if self.identity is None else names(self.identity)
 
@@ -81,11 +95,6 @@ class Source:
 @dataclass(frozen=True, init=False)
 class Dimension:
     """A table that rows are looked up in by ``key``; with ``valid_from`` it keeps history and joins as of a time."""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns of a row as it comes: the schema's and, where what it lacks is kept, ``_extra``."""
-        return (*self.schema.names, *((EXTRA.name,) if self.extra == "keep" else ()))
 
     name: str
     row: type
@@ -100,6 +109,11 @@ class Dimension:
             if column not in self.schema.names:
                 raise DefinitionError(
                     f"Dimension {name!r}: no column {column!r} in {row.__name__}.{nearest(column, self.schema.names)}"
+                )
+        for of in self.schema.fields:
+            if of.name == valid_from and of.type != UTC_MICROS:
+                raise DefinitionError(
+                    f"Dimension {name!r}: valid_from={valid_from!r} is {of.type}; a datetime, please"
                 )
 
     @property
@@ -143,14 +157,18 @@ class View:
             raise DefinitionError(f"view {name!r}: window={window!r}: Tumbling, Sliding, Session or Whole")
         if not measures:
             raise DefinitionError(f"view {name!r} measures nothing; add for example rows=Count()")
+        taken = {*RESERVED} - {*names(by)}
+        for column in (*names(by), *measures):
+            if column.lower() in taken or column.startswith("_"):
+                raise DefinitionError(f"view {name!r}: the name {column!r} is taken or reserved; choose another")
+            taken.add(column.lower())
         for measure, value in measures.items():
-            if measure in RESERVED or measure.startswith("_") or measure in names(by):
-                raise DefinitionError(f"view {name!r}: the name {measure!r} is taken or reserved; choose another")
             if not isinstance(value, Measure | str):
                 raise DefinitionError(
                     f"view {name!r}, measure {measure}={value!r}: a measure such as Count(), or SQL text"
                 )
-        values = (name, names(by), window, tuple(steps), doc, tuple(measures.items()), declared_at())
+        every = _tuple(f"view {name!r}: steps", steps, Step)
+        values = (name, names(by), window, every, doc, tuple(measures.items()), declared_at())
         for field, given in zip(dataclasses.fields(self), values, strict=True):
             object.__setattr__(self, field.name, given)
 
@@ -175,8 +193,8 @@ class Pipeline:
         _name("pipeline", self.name)
         if not isinstance(self.source, Source):
             raise DefinitionError(f"pipeline {self.name!r}: source={self.source!r}: a Source(Row, event_time=…)")
-        object.__setattr__(self, "steps", tuple(self.steps))
-        object.__setattr__(self, "views", tuple(self.views))
+        object.__setattr__(self, "steps", _tuple(f"pipeline {self.name!r}: steps", self.steps, Step))
+        object.__setattr__(self, "views", _tuple(f"pipeline {self.name!r}: views", self.views, View))
         if not self.views and not self.events:
             raise DefinitionError(f"pipeline {self.name!r} keeps nothing: give it views, or events=True")
         for what, given in (

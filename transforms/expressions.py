@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -69,12 +70,11 @@ def _parse(sql: str, known: Mapping[str, str], where: str) -> tuple[str, dict[st
     """The text and its tree. A column that is named as a keyword (``at``) is quoted where the text needs it."""
     tree = _tree(sql)
     if tree["error"]:
-        quoted = _quoted(sql, known)
-        again = _tree(quoted)
-        if again["error"]:
+        quoted = next((text for text in _quoted(sql, known) if not _tree(text)["error"]), None)
+        if quoted is None:
             at = int(tree.get("position") or len(_SELECT)) - len(_SELECT)
             raise DefinitionError(_mark(sql, max(0, at), 1, where, tree["error_message"]))
-        sql, tree = quoted, again
+        sql, tree = quoted, _tree(quoted)
     node = tree["statements"][0]["node"]
     plain = node.get("type") == "SELECT_NODE" and len(node["select_list"]) == 1 and len(tree["statements"]) == 1
     extras = ("where_clause", "group_expressions", "having", "qualify", "modifiers", "sample")
@@ -91,15 +91,21 @@ def _tree(sql: str) -> dict[str, Any]:
     return json.loads(answer[0][0])  # type: ignore[no-any-return]
 
 
-def _quoted(sql: str, known: Mapping[str, str]) -> str:
-    """The text with every keyword in it that names a column quoted."""
+def _quoted(sql: str, known: Mapping[str, str]) -> Iterator[str]:
+    """The text with some keywords in it that name columns quoted: one of them, then two, and so on."""
     text, columns = sql.encode(), {name.lower(): name for name in known}
-    for at, kind in reversed(duckdb.tokenize(sql)):
+    found = []
+    for at, kind in duckdb.tokenize(sql):
         word = re.match(rb"\w*", text[at:])
         column = columns.get(word[0].decode(errors="replace").lower()) if word else None
         if kind == duckdb.token_type.keyword and word and column:
-            text = text[:at] + quote(column).encode() + text[at + word.end() :]
-    return text.decode()
+            found.append((at, at + word.end(), quote(column).encode()))
+    for number in range(1, min(len(found), 6) + 1):
+        for chosen in itertools.combinations(found[:6], number):
+            made = text
+            for start, stop, name in reversed(chosen):
+                made = made[:start] + name + made[stop:]
+            yield made.decode()
 
 
 def _walk(node: Any, bound: frozenset[str]) -> Iterator[tuple[dict[str, Any], frozenset[str]]]:

@@ -137,15 +137,24 @@ def _hints(row: type) -> dict[str, Any]:
         raise SchemaError(f"row {row.__name__}: {error}; annotations must be importable from its module") from None
     if not hints:
         raise SchemaError(f"row {row.__name__} has no annotated fields; declare them as `name: type`")
+    for name in hints:
+        if any(other != name and other.lower() == name.lower() for other in hints):
+            raise SchemaError(
+                f"row {row.__name__}: to SQL another field is {name!r} too; rename it and keep Column(path=…)"
+            )
     return hints
 
 
 def _field(row: type, name: str, hint: Any) -> Field:
-    column = Column()
-    if typing.get_origin(hint) is Annotated:
-        hint, *extras = typing.get_args(hint)
-        column = next((extra for extra in extras if isinstance(extra, Column)), column)
-    hint, nullable = _optional(hint)
+    column, nullable = Column(), False
+    while typing.get_origin(hint) in (Annotated, typing.Union, types.UnionType):
+        if typing.get_origin(hint) is Annotated:
+            hint, *extras = typing.get_args(hint)
+            column = next((extra for extra in extras if isinstance(extra, Column)), column)
+        else:
+            hint, nullable = _optional(hint)
+            if not nullable:
+                break
     if name.startswith("_") or name in RESERVED:
         raise SchemaError(
             f"row {row.__name__}: the name {name!r} is reserved; rename the field (Column(path=…) keeps the payload's)"

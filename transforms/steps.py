@@ -32,8 +32,9 @@ class StepError(UserError):
 def declared_at() -> str:
     """``file.py:31`` of the first caller outside this package: where a definition says it."""
     frame = sys._getframe(1)
+    ours = ("pipelines.transforms", "pipelines.definition")
     while frame.f_back and (
-        frame.f_globals.get("__name__", "").startswith("pipelines.transforms") or frame.f_code.co_filename == "<string>"
+        frame.f_globals.get("__name__", "").startswith(ours) or frame.f_code.co_filename == "<string>"
     ):
         frame = frame.f_back
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
@@ -85,6 +86,8 @@ class Check(Step):
         for name, rule in found.items():
             failed = to.reason(f"{name} failed", rule.sql)
             if self.on_fail == "flag":
+                if name in to.scope.types:
+                    raise DefinitionError(f"{to.where}: there is a column {name!r} already; give the rule another name")
                 flags[to.free(name)] = to.guard(f"coalesce(({rule.sql}), true)")
                 rules.append((rule.sql, Rule("false", FILTERED, failed)))
             else:
@@ -173,6 +176,8 @@ class Lookup(Step):
         within: str | None = None,
         missing: Literal["null", "reject"] = "null",
     ) -> None:
+        if not hasattr(dimension, "valid_from"):
+            raise StepError(f"Lookup({dimension!r}): a Dimension, as in Dimension('airports', Airport, key='code')")
         if missing not in ("null", "reject"):
             raise StepError(f"Lookup(missing={missing!r}): null or reject")
         if within is not None:
@@ -293,6 +298,8 @@ class Protect(Step):
     def build(self, to: Builder) -> None:
         cells = {}
         for name, policy in self.columns:
+            if name == "event_time" or not isinstance(policy, Pseudonym | Mask):
+                raise DefinitionError(f"{to.where}: {name}={policy!r}: a column but event_time, Pseudonym() or Mask()")
             kind = to.check(quote(to.column(name))).type
             problem = policy.check(kind)
             if problem:
