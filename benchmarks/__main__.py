@@ -52,7 +52,8 @@ def main(quick: bool, once: bool, only: tuple[str, ...], names: tuple[str, ...],
     if quick:
         click.echo(page.summary(figures))
     else:
-        _profile(only, names)
+        if not once:
+            _profile(only, names)
         page.write(Figures.load(path))
     sys.exit(1 if failures else 0)
 
