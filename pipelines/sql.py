@@ -7,8 +7,10 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from pipelines.transforms import query
-from pipelines.transforms.chain import Chain
+from pipelines.transforms.chain import YEARS, Chain
 from pipelines.transforms.conform import EXTRA
 from pipelines.transforms.expressions import DefinitionError, arrow_types, check, quote, underlined
 from pipelines.transforms.measures import Measure
@@ -49,6 +51,8 @@ def compile(pipeline: "Pipeline") -> Plan:
     event_time = _event_time(builder, pipeline.source.event_time)
     _steps(builder, pipeline)
     chain = builder.chain(shared=True)
+    if pipeline.events:
+        _kept(chain.schema, f"pipeline {pipeline.name!r}, events=True")
     lineage, plans, used = {"events": dict(builder.scope.lineage)}, [], set(builder.used)
     for view in pipeline.views:
         plan, sources, needed = _view(pipeline, view, builder.scope.copy())
@@ -66,7 +70,10 @@ def _event_time(to: Builder, sql: str) -> str:
     found = to.check(sql, TIME)
     code = to.reason("null event time", sql)
     sources = to.scope.sources(found)
-    to.select({"event_time": found.sql}, [(found.sql, Rule(f"({found.sql}) IS NULL", code, code))])
+    far = to.reason("event time out of range", f"{sql}: the years {YEARS[0]} to {YEARS[1]}")
+    outside = f"year({found.sql}) NOT BETWEEN {YEARS[0]} AND {YEARS[1]} OR isinf({found.sql})"
+    rules = [(found.sql, Rule(f"({found.sql}) IS NULL", code, code)), (found.sql, Rule(outside, far, far))]
+    to.select({"event_time": found.sql}, rules)
     to.scope.put("event_time", TIME, sources)
     if sql in found.columns:
         to.alias(sql)
@@ -88,6 +95,9 @@ def _view(pipeline: "Pipeline", view: "View", scope: Scope) -> tuple[ViewPlan, L
     chain = to.chain(shared=False) if view.steps else None
     to.where = f"pipeline {pipeline.name!r}, view {view.name!r}, {view.at}"
     keys = {to.column(name): to.scope.types[name] for name in view.by}
+    for name, kind in keys.items():
+        if not _scalar(kind):
+            raise DefinitionError(f"{to.where}: key {name} is {kind}; Derive a column of one value from it")
     lineage = {name: to.scope.lineage[name] for name in view.by} | dict.fromkeys(
         ("window_start", "window_end"), to.scope.lineage["event_time"]
     )
@@ -102,7 +112,9 @@ def _view(pipeline: "Pipeline", view: "View", scope: Scope) -> tuple[ViewPlan, L
         measures.append(made)
     needed = to.used.union(*lineage.values(), to.scope.lineage["event_time"])
     to.select({}, [(made.value, to.failure(made.name, made.value)) for made in measures if made.value])
-    return _plan(view, chain, to.scope, measures, to.chain(shared=False).tried()), lineage, set(needed)
+    plan = _plan(view, chain, to.scope, measures, to.chain(shared=False).tried())
+    _kept(plan.schema, f"pipeline {pipeline.name!r}, view {view.name!r}, {view.at}")
+    return plan, lineage, set(needed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,6 +267,23 @@ def _digest(view: "View", measures: list[_Measured]) -> str:
         plain = quote(m.name) if _scalar(m.type) else f"{quote(m.name)}::VARCHAR"
         cells.append(f"CASE WHEN {exact[m.name]} THEN {plain} END AS {quote(m.name)}")
     return f"SELECT {', '.join(cells)} FROM batch"
+
+
+def _kept(schema: pa.Schema, where: str) -> None:
+    """Refuses what no table can hold."""
+    for field in schema:
+        if not _storable(field.type):
+            raise DefinitionError(
+                f"{where}: column {field.name} is {field.type}, which no table holds; cast or Drop it"
+            )
+
+
+def _storable(kind: pa.DataType) -> bool:
+    if pa.types.is_nested(kind) and not pa.types.is_union(kind):
+        return all(_storable(kind.field(part).type) for part in range(kind.num_fields))
+    odd = pa.types.is_interval, pa.types.is_time, pa.types.is_duration, pa.types.is_union, pa.types.is_null
+    timed = pa.types.is_timestamp(kind) and kind.unit != "us"
+    return not timed and not isinstance(kind, pa.BaseExtensionType) and not any(test(kind) for test in odd)
 
 
 def _scalar(kind: str) -> bool:

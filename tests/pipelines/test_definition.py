@@ -214,6 +214,8 @@ STEP_ERRORS: list[tuple[Callable[[], Any], str]] = [
     (lambda: steps(Apply(lambda rows: rows, adds={})), "Apply() declares nothing"),
     (lambda: steps(Apply(lambda rows: rows, adds={"a": set})), "field a: no Arrow type for <class 'set'>"),
     (lambda: steps(Apply("f", adds={"a": int})), "Apply('f'): a function of a table"),  # type: ignore[arg-type]
+    (lambda: steps(Derive(a="at - at")), "events=True: column a is month_day_nano_interval, which no table holds"),
+    (lambda: steps(Derive(a="{'b': at::TIME}")), "column a is struct<b: time64[us]>, which no table holds"),
     (lambda: steps("Check"), "pipeline 'p': steps: 'Check' is no Step"),
 ]
 
@@ -222,6 +224,11 @@ VIEW_ERRORS: list[tuple[Callable[[], Any], str]] = [
     (lambda: view(by=("id", "id"), n=Count()), "view 'v': the name 'id' is taken or reserved; choose another"),
     (lambda: view(by="id", ID=Count()), "the name 'ID' is taken or reserved"),
     (lambda: view(n=Count(), N=Count()), "the name 'N' is taken or reserved"),
+    (lambda: view(by="items", n=Count()), "key items is STRUCT(sku VARCHAR, n BIGINT)[]; Derive a column of one value"),
+    (
+        lambda: view(n=Max("at - event_time")),
+        "view 'v', LINE: column n is month_day_nano_interval, which no table holds",
+    ),
     (lambda: view(window_start=Count()), "the name 'window_start' is taken or reserved"),
     (lambda: view(event_time=Count()), "the name 'event_time' is taken or reserved"),
     (lambda: view(_n=Count()), "the name '_n' is taken or reserved"),
