@@ -295,6 +295,17 @@ def test_a_run_reports_and_can_be_asked(call: Call) -> None:
     assert json.loads(again.out)["views"] == written["views"]
 
 
+def test_a_range_is_recomputed_alone(call: Call) -> None:
+    assert call(*RUN).code == 0
+    Path("rows.csv").write_text(ROWS.replace("00:10:00Z,10", "00:10:00Z,30").replace("01:20:00Z,", "01:20:00Z,50"))
+    for _ in range(2):
+        done = call(*RUN, "--from=2024-01-01T01:00", "--to=2024-01-01T02:00")
+        assert done.code == 0, done.err
+        assert "read 4 = kept 1 + filtered 2 + rejected 1" in done.out
+    answer = call("query", "--json", "select sensor, n, mean from readings.by_hour order by 1")
+    assert json.loads(answer.out) == [{"sensor": "a", "n": 2, "mean": 15.0}, {"sensor": "b", "n": 1, "mean": 50.0}]
+
+
 def test_too_many_rejected_rows_exit_3_and_leave_the_report_of_the_last_good_run(call: Call) -> None:
     assert call(*RUN).code == 0
     before = Path("data/run.json").read_text()
