@@ -153,7 +153,8 @@ def build(root: beam.Pipeline, run: Prepared, *, spill: Path | None = None) -> N
     letters = dead | "dead letters" >> beam.Flatten()
     held = run.outputs["dead letters"]
     if held.replace == "nothing" and held.version > 1:
-        letters = letters | "not held yet" >> beam.Map(_unheld, held.table).with_output_types(pa.Table)
+        new = beam.Map(lambda dead: _unheld(dead, held.table)).with_output_types(pa.Table)
+        letters = letters | "not held yet" >> new
     staged["dead letters"] = _stage(letters, "dead letters", run)
     outputs = tuple(run.outputs.values())
     commit = Commit(run.pipeline.name, run.token, outputs, generations, deployment, run.stop, run.skipped)
