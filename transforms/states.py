@@ -7,6 +7,7 @@ in any order and any split. Equal states have equal names, so measures that need
 import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
+from decimal import Decimal
 from typing import ClassVar
 
 Sql = str
@@ -238,11 +239,11 @@ class Spread(State):
     def partial(self, time: Sql) -> dict[str, Sql]:
         if self.kind in FLOATS:
             return {f"{self.column}_rest": _chan(f"{self.value}::DOUBLE")}
-        unit = f"({self.value}::DECIMAL(38,{scale(self.kind)}) * 1{'0' * scale(self.kind)})::HUGEINT"
-        if not is_decimal(self.kind):
-            unit = f"{self.value}::HUGEINT"
-        small = f"(CASE WHEN abs({unit}) < {1 << 45} THEN {unit} END)"
-        large = f"(CASE WHEN abs({unit}) >= {1 << 45} THEN {self.value}::DOUBLE END)"
+        places = scale(self.kind)
+        value = self.value if is_decimal(self.kind) else f"{self.value}::HUGEINT"
+        bound = f"abs({value}) < {Decimal(1 << 45).scaleb(-places)}"
+        small = f"(CASE WHEN {bound} THEN {value} * 1{'0' * places} END)::HUGEINT"
+        large = f"(CASE WHEN NOT {bound} THEN {value}::DOUBLE END)"
         n, s1, s2, rest = self.columns()
         return {
             n: f"nullif(count({small}), 0)",
