@@ -37,7 +37,9 @@ from pipelines.transforms.schema import RowSchema
 from pipelines.transforms.spill import Spill, partitions
 from pipelines.transforms.view import ViewPlan
 
-BUCKETS = 8
+BUCKET_ROWS, BUCKET_BYTES, BUCKETS = 4_000_000, 256 * 2**20, 16
+"""A view's merge has a bucket for so many rows, or bytes of files, up to so many: each costs some ms, and together they
+bound what a merge holds at once."""
 _DAY = 86_400_000_000
 
 
@@ -140,7 +142,9 @@ def build(root: beam.Pipeline, run: Prepared, *, spill: Path | None = None) -> N
         staged["events"] = _stage(_inside(clean.rows, run), "events", run)
     answered, written, generations = [], [], {}
     for view in run.views:
-        answers = clean.rows | Aggregate(view, deployment.buckets or BUCKETS, sides, cipher, run.start, run.stop)
+        answers = clean.rows | Aggregate(
+            view, deployment.buckets or _buckets(run.history), sides, cipher, run.start, run.stop
+        )
         dead.append(answers["dead"])
         tallies.append(answers["tallies"])
         answered.append(answers["answered"])
@@ -181,6 +185,11 @@ def _format(run: Prepared) -> str:
     return run.history.splits[0].format if run.history.splits else "json"
 
 
+def _buckets(history: files.Plan) -> int:
+    size = history.bytes // BUCKET_BYTES if history.rows is None else history.rows // BUCKET_ROWS
+    return max(1, min(BUCKETS, size))
+
+
 def _list(root: beam.Pipeline, parts: list[beam.PCollection], number: int) -> beam.pvalue.AsList:
     tables_ = tuple(parts) | f"gather {number}" >> beam.Flatten(pipeline=root)
     return beam.pvalue.AsList(tables_)
@@ -214,9 +223,7 @@ def _begin(run: Prepared, view: ViewPlan) -> int:
 def _dimension(root: beam.Pipeline, dimension: Dimension, plan: files.Plan) -> beam.PCollection:
     """The whole dimension as one table, its keys checked. A row that cannot be read refuses the run."""
     read = root | f"read {dimension.name}" >> ReadFiles(plan)
-    decoded = read.rows | f"decode {dimension.name}" >> Decode(
-        Decoder(dimension.schema, dimension.name)
-    )
+    decoded = read.rows | f"decode {dimension.name}" >> Decode(Decoder(dimension.schema, dimension.name))
     _ = decoded.dead | f"refuse {dimension.name}" >> beam.Map(_refuse, dimension.name).with_output_types(pa.Table)
     return decoded.rows | f"gather {dimension.name}" >> beam.CombineGlobally(_Gather(dimension)).with_output_types(
         pa.Table
