@@ -114,6 +114,8 @@ def _prepare(deployment: Deployment) -> None:
     try:
         files, path = fsspec.url_to_fs(deployment.facts)
         files.makedirs(files._parent(path), exist_ok=True)
+        if files.isdir(path) or files.isdir(files._strip_protocol(deployment.report)):
+            raise UserError(f"--report={deployment.report}: a folder; name a file in it, such as run.json")
         if files.exists(path):
             files.rm(path)
     except (OSError, ValueError, ImportError) as error:

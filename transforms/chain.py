@@ -6,6 +6,7 @@ every expression, and the rows that failed are refused.
 """
 
 import dataclasses
+import datetime
 from collections.abc import Callable, Mapping
 
 import duckdb
@@ -15,7 +16,7 @@ import pyarrow.compute as pc
 from pipelines.transforms import conservation, query
 from pipelines.transforms.conform import RAW
 from pipelines.transforms.deadletters import DEAD_LETTERS, refuse
-from pipelines.transforms.errors import DataRefused
+from pipelines.transforms.errors import DataRefused, UserError
 from pipelines.transforms.protect import KEYS, Cipher, Key, pseudonym_keys
 
 FILTERED = -1
@@ -25,6 +26,13 @@ BOOKKEEPING = ("_source", "_offset")
 
 FAILURES = (duckdb.ConversionException, duckdb.OutOfRangeException, duckdb.InvalidInputException, duckdb.DataError)
 """What DuckDB raises when an expression fails in a row."""
+
+
+YEARS = (100, 9899)
+"""The years of event times, so that their windows lie within the years 1 to 9999, which every place can hold."""
+
+_EPOCH, _DAY = datetime.date(1970, 1, 1), 86_400_000_000
+_FIRST, _PAST = ((datetime.date(year, 1, 1) - _EPOCH).days * _DAY for year in (YEARS[0], YEARS[1] + 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +60,8 @@ class SqlStage:
 
     sql: from ``batch`` and tables ``dim_<name>`` to the stage's columns, bookkeeping, ``_status`` and miss columns.
     safe: the same with TRY. part: whose tallies these are: "source", "exploded" once an Explode made other rows of
-    them, or "view:<name>". alias: the stage only adds event_time, equal to this column, where that has no null.
-    dimensions: whose tables it joins. keyed: it makes pseudonyms.
+    them, or "view:<name>". alias: the stage only adds event_time, equal to this column, where every value of that is
+    one. dimensions: whose tables it joins. keyed: it makes pseudonyms.
     """
 
     sql: str
@@ -131,7 +139,7 @@ class Chain:
             if isinstance(stage, PythonStage):
                 rows = _call(stage, rows)
                 continue
-            if stage.alias and not rows[stage.alias].null_count:
+            if stage.alias and _timely(rows[stage.alias]):
                 rows = _aliased(rows, stage.alias)
                 continue
             keys = {KEYS: pseudonym_keys(key())} if stage.keyed else {}
@@ -160,9 +168,9 @@ class Chain:
         for row, reason in enumerate(reasons):
             if reason.stop:
                 where = f"{bad['_source'][row]} at {bad['_offset'][row]}"
-                raise DataRefused(
-                    f"{self.pipeline}, {reason.step}: {reason.reason} ({reason.detail}) failed for {where}"
-                )
+                rule = f"{reason.reason.removesuffix(' failed')} ({reason.detail})"
+                ends = "Check(on_fail='stop') ends the run"
+                raise DataRefused(f"{self.pipeline}, {reason.step}: {rule} failed for {where}; {ends}")
         return refuse(
             _originals(bad, batch),
             pipeline=self.pipeline,
@@ -180,6 +188,12 @@ def _query(stage: SqlStage, batch: pa.Table, others: Mapping[str, pa.Table]) -> 
         return query.run(stage.sql, tables)
     except FAILURES:
         return query.run(stage.safe, tables)
+
+
+def _timely(times: pa.ChunkedArray) -> bool:
+    """Whether each is an event time: not null, and within YEARS."""
+    ends = pc.min_max(times.cast(pa.int64()))  # a view
+    return not times.null_count and (not len(times) or _FIRST <= ends["min"].as_py() <= ends["max"].as_py() < _PAST)
 
 
 def _aliased(rows: pa.Table, column: str) -> pa.Table:
@@ -217,7 +231,17 @@ def _misses(stage: SqlStage, rows: pa.Table) -> list[pa.Table]:
 
 def _call(stage: PythonStage, rows: pa.Table) -> pa.Table:
     answer = stage.function(rows.drop_columns(list(BOOKKEEPING)))
-    if len(answer) != len(rows):
-        raise ValueError(f"{stage.label} returned {len(answer)} rows for {len(rows)}; it must be row-local")
-    columns = [answer[field.name].cast(field.type) for field in stage.schema]
+    if not isinstance(answer, pa.Table) or len(answer) != len(rows):
+        what = f"{len(answer)} rows for {len(rows)}" if isinstance(answer, pa.Table) else f"a {type(answer).__name__}"
+        raise UserError(f"{stage.label}: its function returned {what}; give a pyarrow.Table of the same rows")
+    columns = [_column(stage, answer, field) for field in stage.schema]
     return pa.table([*columns, rows["_source"], rows["_offset"]], [*stage.schema.names, *BOOKKEEPING])
+
+
+def _column(stage: PythonStage, answer: pa.Table, field: pa.Field) -> pa.ChunkedArray:
+    if field.name not in answer.column_names:
+        raise UserError(f"{stage.label}: its function returned no column {field.name!r}, only {answer.column_names}")
+    try:
+        return answer[field.name].cast(field.type)
+    except pa.ArrowException as error:
+        raise UserError(f"{stage.label}: its column {field.name} is not {field.type}: {error}") from None

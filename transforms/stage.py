@@ -112,9 +112,13 @@ class Builder:
         """The expression, not evaluated for a row that is refused already."""
         return f"CASE WHEN _status IS NULL THEN ({sql}) END" if self._reasons or len(self._ctes) > 1 else f"({sql})"
 
-    def failure(self, name: str, sql: str) -> Rule:
-        """Refuses a row for which ``sql`` fails."""
-        return Rule("false", FILTERED, self.reason(f"{name} failed", sql))
+    def failure(self, name: str, sql: str, kind: str = "") -> Rule:
+        """Refuses a row for which ``sql``, of DuckDB type ``kind``, fails or is a time past what places can hold."""
+        failed = self.reason(f"{name} failed", sql)
+        if kind not in ("DATE", "TIMESTAMP", "TIMESTAMP WITH TIME ZONE"):
+            return Rule("false", FILTERED, failed)
+        years = f"'0001-01-01'::{kind} AND '9999-12-31 23:59:59.999999'::{kind}"
+        return Rule(f"({sql}) NOT BETWEEN {years}", failed, failed)
 
     def select(
         self,

@@ -84,7 +84,7 @@ class Check(Step):
         found = {name: to.check(sql, "BOOLEAN", name) for name, sql in self.rules}
         flags, rules = {}, []
         for name, rule in found.items():
-            failed = to.reason(f"{name} failed", rule.sql)
+            failed = to.reason(f"{name} failed", rule.sql, stop=self.on_fail == "stop")
             if self.on_fail == "flag":
                 if name in to.scope.types:
                     raise DefinitionError(f"{to.where}: there is a column {name!r} already; give the rule another name")
@@ -127,7 +127,7 @@ class Derive(Step):
         found = {to.free(name): to.check(sql, name=name) for name, sql in self.columns}
         cells = {name: to.guard(expression.sql) for name, expression in found.items()}
         sources = {name: to.scope.sources(expression) for name, expression in found.items()}
-        to.select(cells, [(expression.sql, to.failure(name, expression.sql)) for name, expression in found.items()])
+        to.select(cells, [(made.sql, to.failure(name, made.sql, made.type)) for name, made in found.items()])
         for name, expression in found.items():
             to.scope.put(name, expression.type, sources[name])
 

@@ -4,9 +4,11 @@ The same plan serves every engine, the tests' harness and the serving layer: sta
 ``merged``, with no rows as identity.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,6 +16,7 @@ import pyarrow.compute as pc
 from pipelines.transforms import query
 from pipelines.transforms.buckets import hashes
 from pipelines.transforms.chain import FAILURES, Chain, Outcome
+from pipelines.transforms.errors import DataRefused
 from pipelines.transforms.protect import Cipher
 from pipelines.transforms.sketches import collapse
 from pipelines.transforms.states import State
@@ -60,8 +63,7 @@ class ViewPlan:
             return self.partials(rows), None
         except FAILURES:
             outcome = self.guard.run(rows, {}, cipher)
-            if not len(outcome.dead):
-                raise
+        with self._overflow():
             return self.partials(outcome.rows), outcome
 
     def merged(self, parts: Iterable[pa.Table]) -> pa.Table:
@@ -69,14 +71,28 @@ class ViewPlan:
         parts = [part for part in parts if len(part)]
         if len(parts) < 2:
             return parts[0] if parts else self.partial_schema.empty_table()
-        return collapse(query.run(self.merge, {"batch": pa.concat_tables(parts)}), self.states)
+        with self._overflow():
+            return collapse(query.run(self.merge, {"batch": pa.concat_tables(parts)}), self.states)
 
     def finished(self, merged: pa.Table) -> pa.Table:
         """The answers (schema) of merged states. Every row of a key must be in this one table."""
         if not len(merged):
             return self.schema.empty_table()
-        windowed = collapse(query.run(self.windowed, {"batch": merged}), self.states, final=True)
-        return query.run(self.result, {"batch": windowed})
+        with self._overflow():
+            windowed = collapse(query.run(self.windowed, {"batch": merged}), self.states, final=True)
+            return query.run(self.result, {"batch": windowed})
+
+    @contextlib.contextmanager
+    def _overflow(self) -> Iterator[None]:
+        """A value of many rows together that is past its type is no row's fault: it refuses the run."""
+        try:
+            yield
+        except (duckdb.ConversionException, duckdb.OutOfRangeException) as error:
+            named = (f"the {state.label} of {state.expr}" for state in self.states if state.column in str(error))
+            raise DataRefused(
+                f"view {self.name}: {next(named, 'a sum')} is past its type and nothing was committed; "
+                "measure a wider one, as in Sum('x::DECIMAL(38,0)') or Sum('x::DOUBLE')"
+            ) from error
 
     def within(self, answers: pa.Table, start: int | None, stop: int | None) -> pa.Table:
         """The answers whose window starts in [start, stop), µs UTC; None leaves a side open."""
