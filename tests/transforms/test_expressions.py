@@ -61,7 +61,7 @@ COLUMNS = {
 )
 def test_an_expression_has_a_type_and_columns(sql: str, kind: str, columns: set[str]) -> None:
     found = check(sql, COLUMNS, "here")
-    assert (found.type, found.columns) == (kind, columns)
+    assert (found.type, set(found.columns)) == (kind, columns)
 
 
 ROW: dict[str, Any] = {
