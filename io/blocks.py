@@ -10,6 +10,7 @@ from typing import IO
 import fastavro
 import numpy as np
 import pyarrow as pa
+from fastavro.schema import SchemaParseException
 
 from pipelines.io.places import File
 from pipelines.io.splits import Split, bookkeeping
@@ -159,10 +160,14 @@ def _gathered(blocks: Iterator[_Block]) -> Iterator[list[_Block]]:
         yield gathered
 
 
+# What decoders make of bytes that are none of theirs; a length that is not one asks for memory that there is not.
+_FAILURES = (EOFError, LookupError, MemoryError, OverflowError, StopIteration, TypeError, ValueError)
+
+
 @contextlib.contextmanager
 def _damage(file: File) -> Iterator[None]:
     try:
         yield
-    except (EOFError, StopIteration, ValueError, LookupError, zlib.error) as error:
+    except (*_FAILURES, SchemaParseException, zlib.error) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{file.source}: damaged or cut-off Avro ({reason}); write it again") from error

@@ -97,10 +97,17 @@ class File:
                 with gzip.GzipFile(fileobj=stored) as plain:
                     yield cast(IO[bytes], plain)
             elif self.codec == "zip":
-                with zipfile.ZipFile(stored) as archive, archive.open(self.member) as plain:
+                with zipfile.ZipFile(stored) as archive, _member(archive, self.member) as plain:
                     yield plain
             else:
                 yield stored
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    try:
+        return archive.open(name)
+    except (OSError, LookupError, NotImplementedError, RuntimeError) as error:  # offsets past the file, odd methods
+        raise zipfile.BadZipFile(str(error)) from error
 
 
 @contextlib.contextmanager

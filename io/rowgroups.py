@@ -90,8 +90,10 @@ def _table(source: str, first: int, batches: list[pa.RecordBatch]) -> pa.Table:
 def _opened(file: File) -> Iterator[pq.ParquetFile]:
     with contextlib.ExitStack() as stack:
         try:
-            # Of a remote file all columns of a split are fetched side by side, before they are decoded.
-            yield pq.ParquetFile(stack.enter_context(_seekable(file)), pre_buffer=not file.local)
+            # Of a remote file all columns of a split are fetched side by side, before they are decoded. Of a local one
+            # that would only hold them (400 MB for a file of 30M rows).
+            handle = stack.enter_context(_seekable(file))
+            yield pq.ParquetFile(handle, pre_buffer=not file.local, buffer_size=1 << 18 if file.local else 0)
         except (pa.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{file.source}: damaged or cut-off Parquet ({reason}); write it again") from error

@@ -267,7 +267,10 @@ def _header(line: bytes, form: Csv, file: File, wanted: set[str]) -> tuple[str, 
         raise UserError(f"{file.source}: the header is not UTF-8 text; is this csv?") from None
     lines = [f"{part}\n" for part in text.split("\n")]
     rows = csv.reader(lines, delimiter=form.delimiter, quotechar=form.quote or None, quoting=0 if form.quote else 3)
-    names = tuple(next(rows, []))
+    try:
+        names = tuple(next(rows, []))
+    except csv.Error as error:
+        raise UserError(f"{file.source}: the header is not a CSV line ({error})") from None
     if not any(names):
         raise UserError(f"{file.source}: no header line; add ?header=no if the first line is data")
     if twice := [name for name in names if names.count(name) > 1 and name in wanted]:
