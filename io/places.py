@@ -115,7 +115,7 @@ def truncation(file: File) -> Iterator[None]:
     """A damaged archive is the user's to mend, wherever in the file it shows."""
     try:
         yield
-    except (EOFError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile) as error:
+    except (EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile) as error:
         raise UserError(
             f"{file.source}: {file.codec} data is damaged or cut off ({error}); fetch the file again"
         ) from error
@@ -278,7 +278,7 @@ def _members(path: str, stem: str, options: Options, uri: str) -> list[File]:
             infos = [info for info in zipfile.ZipFile(stored).infolist() if _is_data(info)]
             if any(info.flag_bits & 1 for info in infos):
                 raise UserError(f"{path}: the archive has a password; unpack it first")
-        except zipfile.BadZipFile as error:
+        except (NotImplementedError, zipfile.BadZipFile) as error:
             raise UserError(f"{path}: zip data is damaged or cut off ({error}); fetch the file again") from error
     files = []
     for info in infos:

@@ -9,7 +9,7 @@ import pyarrow as pa
 from pipelines.io.places import File
 from pipelines.transforms.payloads import Form
 
-ROWS = 1 << 20
+ROWS = 1 << 21
 """Rows of a table, at most."""
 
 

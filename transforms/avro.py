@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import fastavro
 import pyarrow as pa
 
-from pipelines.transforms.payloads import Faults, Parsed, path
+from pipelines.transforms.payloads import Faults, Parsed, path, untexted
 from pipelines.transforms.schema import RowSchema
 
 _PLAIN = {
@@ -74,7 +74,7 @@ class Layout:
         try:
             return pa.array(values, kind)
         except UnicodeEncodeError:  # text that is not UTF-8, which was decoded with surrogates: its exact bytes again
-            return pa.array(_bytes(values), _binary(kind))
+            return pa.array(_bytes(values), untexted(kind))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,13 +200,3 @@ def _bytes(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _bytes(one) for name, one in value.items()}
     return value
-
-
-def _binary(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_string(kind):
-        return pa.binary()
-    if pa.types.is_list(kind):
-        return pa.list_(_binary(kind.value_type))
-    if pa.types.is_struct(kind):
-        return pa.struct([pa.field(child.name, _binary(child.type)) for child in kind])
-    return kind

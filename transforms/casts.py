@@ -7,6 +7,7 @@ occurs twice is taken the first time, and one that does not occur is no time. Nu
 
 from collections.abc import Callable
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -147,6 +148,21 @@ def _float(values: pa.Array) -> pa.Array:
     return numbers
 
 
+def readable(text: pa.Array) -> pa.Array:
+    """Text (Arrow string) with null where it is not UTF-8, which no reader of typed files checks; else the same array.
+
+    Plain ASCII is told by its greatest byte: 0.2 ms for 1M rows of 12 characters, 2 to 4 ms when it is not.
+    """
+    offsets = np.frombuffer(text.buffers()[1] or b"", np.int32)[text.offset : text.offset + len(text) + 1]
+    data = text.buffers()[2]
+    if data is None or not len(text) or offsets[-1] == offsets[0]:
+        return text
+    if np.frombuffer(data, np.uint8)[offsets[0] : offsets[-1]].max() < 128:
+        return text
+    found = salvage(text.view(pa.binary()), lambda some: some.cast(pa.string()), pa.string())
+    return text if found.null_count == text.null_count else found
+
+
 def _rescue(values: pa.Array, converter: Converter, field: Field) -> pa.Array:
     """As much of the array as converts. Bad values repeat (``-``, ``unknown``), so each distinct one is tried once."""
     encoded = values if pa.types.is_dictionary(values.type) else values.dictionary_encode()
@@ -154,7 +170,7 @@ def _rescue(values: pa.Array, converter: Converter, field: Field) -> pa.Array:
     if pa.types.is_dictionary(values.type):
         converter = _converter(distinct.type, field) or converter
     if is_text(distinct.type) and not (is_text(field.type) or is_bytes(field.type)):
-        found = _rescue_text(distinct, converter, field)
+        found = _rescue_text(readable(distinct.cast(pa.string())), converter, field)
     elif pa.types.is_floating(distinct.type) and pa.types.is_integer(field.type):
         found = _integral(distinct, 2.0**63)
     else:
@@ -211,6 +227,8 @@ def lacks_offset(values: pa.Array, field: Field) -> pa.BooleanArray:
     """Which values are times that only lack an offset, for a field that names no zone."""
     if field.column.timezone is None and is_text(values.type):
         micros = pa.timestamp("us")
-        return _tried(_tidy(values), f"^{_NAIVE}$", lambda some: some.cast(micros), micros).is_valid()
+        return _tried(
+            _tidy(readable(values.cast(pa.string()))), f"^{_NAIVE}$", lambda some: some.cast(micros), micros
+        ).is_valid()
     naive = pa.types.is_date(values.type) or (pa.types.is_timestamp(values.type) and values.type.tz is None)
     return pa.repeat(pa.scalar(naive and field.column.timezone is None), len(values))

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.transforms.casts import cast, is_list, lacks_offset, type_name
+from pipelines.transforms.casts import cast, is_list, lacks_offset, readable, type_name
 from pipelines.transforms.payloads import Fault, positions
 from pipelines.transforms.schema import Field
 
@@ -53,6 +53,8 @@ def _conform(values: pa.Array, field: Field) -> tuple[pa.Array, list[Fault]]:
         column, faults = _struct(values, field)
     else:
         column = cast(values, field)
+        if pa.types.is_string(to):
+            column = readable(column)
         faults = _lost(values, column, field)
     if pa.types.is_timestamp(to) or pa.types.is_date(to):
         column, far = _in_years(column, field)

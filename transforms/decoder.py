@@ -20,7 +20,7 @@ from pipelines.transforms.deadletters import refuse
 from pipelines.transforms.delimited import Csv
 from pipelines.transforms.errors import DataRefused
 from pipelines.transforms.objects import Json
-from pipelines.transforms.payloads import Fault, Faults, Form, Parsed, Rows, mark, path, positions
+from pipelines.transforms.payloads import Fault, Faults, Form, Parsed, Rows, mark, path, positions, untexted
 from pipelines.transforms.protect import Cipher
 from pipelines.transforms.schema import Extra, Field, Invalid, RowSchema
 
@@ -150,8 +150,7 @@ class Decoder:
     def _detail(self, values: pa.ChunkedArray | None, fault: Fault) -> list[str]:
         if values is None:
             return [fault.reason] * len(fault.rows)
-        if pa.types.is_temporal(values.type):
-            values = values.cast(pa.string())  # Python's own times do not go as far
+        values = _printable(pa.table({"x": values}))["x"]
         # A shifted line puts one column's value in another's place: with personal columns, no value is shown at all.
         if self.schema.personal:
             return [f"{fault.reason}, a value of {len(str(value))} characters" for value in values.to_pylist()]
@@ -164,7 +163,8 @@ class Decoder:
         others = [name for name in parsed.columns.column_names if name not in self._known and name not in _BOOKKEEPING]
         if not others or not len(parsed.columns):
             return pa.chunked_array([pa.nulls(len(parsed.columns), EXTRA.type)])
-        text = query.run("select to_json(_row)::varchar as extra from _row", {"_row": parsed.columns.select(others)})
+        unknown = _printable(parsed.columns.select(others))
+        text = query.run("select to_json(_row)::varchar as extra from _row", {"_row": unknown})
         return text["extra"].cast(EXTRA.type)
 
     def _judge(self, extras: pa.ChunkedArray, table: pa.Table, parsed: Parsed, faults: Faults) -> None:
@@ -215,13 +215,20 @@ def _form_of(schema: pa.Schema) -> Form | None:
 
 
 def _printable(rows: pa.Table) -> pa.Table:
-    """The rows with times as text where a time is past what µs hold, which no JSON writer takes."""
+    """The rows as JSON writers and Python take them: times past their range as text, text not in UTF-8 as bytes."""
     for at, field in enumerate(rows.schema):
-        if pa.types.is_timestamp(field.type):
-            try:
-                rows[field.name].cast(pa.timestamp("us", field.type.tz), safe=field.type.unit != "ns")
-            except pa.ArrowInvalid:
-                rows = rows.set_column(at, field.name, rows[field.name].cast(pa.string()))
+        column = rows[field.name]
+        if pa.types.is_dictionary(field.type) and field.name != SOURCE.name:
+            column = column.cast(field.type.value_type)
+        try:
+            if pa.types.is_temporal(field.type):
+                column.to_pylist()
+            column.validate(full=True)
+        except OverflowError:
+            rows = rows.set_column(at, field.name, column.cast(pa.string()))
+        except pa.ArrowInvalid:
+            raw = untexted(column.type)
+            rows = rows.set_column(at, field.name, pa.chunked_array([chunk.view(raw) for chunk in column.chunks], raw))
     return rows
 
 

@@ -103,6 +103,17 @@ def positions(mask: pa.BooleanArray | pa.ChunkedArray) -> Rows:
     return np.asarray(pc.indices_nonzero(mask)).astype(np.int64)
 
 
+def untexted(kind: pa.DataType) -> pa.DataType:
+    """The type with bytes in the place of text."""
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return pa.binary() if pa.types.is_string(kind) else pa.large_binary()
+    if pa.types.is_list(kind):
+        return pa.list_(untexted(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([pa.field(child.name, untexted(child.type)) for child in kind])
+    return kind
+
+
 def refuse_not_utf8(raw: pa.LargeBinaryArray, faults: Faults) -> None:
     """Faults for the payloads that are not UTF-8 text."""
     text = salvage(raw, lambda values: values.cast(pa.large_string()), pa.large_string())

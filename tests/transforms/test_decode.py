@@ -370,6 +370,11 @@ def test_a_json_object_means_the_same_whatever_its_batch(rows: list[tuple[str, s
         (str, pa.array(["a"], pa.large_string()), ["a"]),
         (str, pa.array(["a"], pa.string_view()), ["a"]),
         (str, pa.array([b"a", b"\xff"]), ["a", "invalid str in x"]),
+        (str, pa.array([b"\xc3\xa9", b"\xff", None]).view(pa.string()), ["é", "invalid str in x", "null in x"]),
+        (str, pa.array([b"\xff", b"a"]).view(pa.string()).dictionary_encode(), ["invalid str in x", "a"]),
+        (int, pa.array([b"1", b"\xff"]).view(pa.string()), [1, "invalid int in x"]),
+        (datetime.datetime, pa.array([b"\xff"]).view(pa.string()), ["invalid datetime in x"]),
+        (list[str], pa.array([[b"a"], [b"\xff"]]).view(pa.list_(pa.string())), [["a"], "invalid str in x"]),
         (datetime.datetime, pa.array([NOON], pa.timestamp("ns", "Europe/Paris")), [NOON]),
         (
             datetime.datetime,
