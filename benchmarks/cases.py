@@ -3,7 +3,7 @@
 import dataclasses
 
 from benchmarks.data import DATASETS, Dataset
-from benchmarks.peers import BEAM_ROWS, BYTEWAX, DUCKDB, OURS, PATHWAY, POLARS, PYFLINK, PYSPARK, Peer
+from benchmarks.peers import BEAM_KEYS, BEAM_WINDOWS, BYTEWAX, DUCKDB, OURS, PATHWAY, POLARS, PYFLINK, PYSPARK, Peer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +27,11 @@ def _case(job: str, dataset: str, *peers: Peer, rounds: int = 5) -> Case:
 QUICK = (
     _case("base", "3M", OURS, DUCKDB, POLARS, PYSPARK, rounds=1),
     _case("sketch", "3M", OURS, DUCKDB, POLARS, rounds=1),
-    _case("base", "300k", OURS, BEAM_ROWS, rounds=1),
+    _case("base", "300k", OURS, BEAM_KEYS, BEAM_WINDOWS, rounds=1),
 )
 
 FULL = (
-    _case("base", "3M", OURS, DUCKDB, POLARS, PYSPARK, BEAM_ROWS),
+    _case("base", "3M", OURS, DUCKDB, POLARS, PYSPARK, BEAM_KEYS),
     _case("sketch", "3M", OURS, DUCKDB, POLARS, PYSPARK),
     _case("base", "30M", OURS, DUCKDB, POLARS, PYSPARK),
     _case("sketch", "30M", OURS, DUCKDB, POLARS, PYSPARK),
@@ -47,8 +47,8 @@ FULL = (
 ONCE = (
     _case("base", "30M", PYFLINK, BYTEWAX, rounds=1),
     _case("sketch", "30M", PYFLINK, rounds=1),
-    _case("base", "3M", PATHWAY, rounds=1),
-    _case("sketch", "3M", BEAM_ROWS, rounds=1),
+    _case("base", "3M", PATHWAY, BEAM_WINDOWS, rounds=1),
+    _case("sketch", "3M", BEAM_KEYS, rounds=1),
 )
 
 PROFILES = (("base", "3M"), ("base", "30M"), ("sketch", "3M"), ("sketch", "30M"))

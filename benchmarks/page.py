@@ -8,7 +8,7 @@ from benchmarks.figures import FIGURES, Figures
 
 DOCS = Path("docs")
 PAGE = DOCS / "benchmarks.md"
-OURS, DUCKDB, ROWS = "ours", "DuckDB", "Beam, per row"
+OURS, DUCKDB, ROWS = "ours", "DuckDB", ("Beam, per row", "Beam, per row, tuned")
 NONE = "–"
 SIZES = ("3M", "30M", "300M")
 RIVALS = ("PySpark", "PyFlink", "Bytewax", "Pathway")
@@ -105,8 +105,8 @@ def _accuracy(figures: Figures) -> str:
 
 
 def _bars(figures: Figures) -> str:
-    def ratio(job: str, dataset: str, peer: str = DUCKDB) -> float | None:
-        return figures.ratio(job, dataset, OURS, peer)
+    def ratio(job: str, dataset: str) -> float | None:
+        return figures.ratio(job, dataset, OURS, DUCKDB)
 
     def peak(job: str, *datasets: str) -> float | None:
         peaks = [run.peak_mib for dataset in datasets for run in figures.of(job, dataset, OURS)]
@@ -116,14 +116,13 @@ def _bars(figures: Figures) -> str:
         mine, theirs = figures.speed("base", OURS), figures.speed("base", peer)
         return mine / theirs if mine and theirs else None
 
-    rows_ratio = ratio("base", "3M", ROWS)
     bars: list[Bar] = [
         ("base, 3M rows: CPU-seconds by DuckDB's", 5, ratio("base", "3M"), True),
         ("base, 30M rows", 3, ratio("base", "30M"), True),
         ("sketch, 3M rows", 8, ratio("sketch", "3M"), True),
         ("sketch, 30M rows", 4, ratio("sketch", "30M"), True),
-        ("base, 3M rows: times per-row Beam's speed", 50, rows_ratio and 1 / rows_ratio, False),
-        *((f"base: times {peer}'s rows per CPU-second", 1, ahead(peer), False) for peer in RIVALS),
+        *((f"base: times the rows per CPU-second of {peer}", 50, ahead(peer), False) for peer in ROWS),
+        *((f"base: times the rows per CPU-second of {peer}", 1, ahead(peer), False) for peer in RIVALS),
         ("peak MiB, base, 3M to 300M rows", 600, peak("base", *SIZES), True),
         ("peak MiB, sketch, 3M to 300M rows", 600, peak("sketch", *SIZES), True),
         ("peak MiB with identity, 3M to 300M rows", 1_000, peak("identity", *SIZES), True),

@@ -18,13 +18,14 @@ class Peer:
     name: str
     program: str
     environment: str | None = None
+    options: tuple[str, ...] = ()
 
     @property
     def python(self) -> str:
         return str(ENVIRONMENTS / self.environment / "bin/python") if self.environment else sys.executable
 
     def command(self, job: str, dataset: Dataset, target: Path) -> list[str]:
-        return [self.python, str(HERE / self.program), job, str(dataset.folder), str(target)]
+        return [self.python, str(HERE / self.program), job, str(dataset.folder), str(target), *self.options]
 
     def variables(self) -> dict[str, str]:
         """The environment it runs in. Nothing looks up this machine's name or listens outside it."""
@@ -52,7 +53,8 @@ OURS = Ours("ours", "")
 DUCKDB = Peer("DuckDB", "on_duckdb.py")
 POLARS = Peer("Polars", "on_polars.py")
 PYSPARK = Peer("PySpark", "on_pyspark.py")
-BEAM_ROWS = Peer("Beam, per row", "on_beam_rows.py")
+BEAM_WINDOWS = Peer("Beam, per row", "on_beam_rows.py", options=("windows",))
+BEAM_KEYS = Peer("Beam, per row, tuned", "on_beam_rows.py", options=("keys",))
 PYFLINK = Peer("PyFlink", "on_pyflink.py", "pyflink")
 BYTEWAX = Peer("Bytewax", "on_bytewax.py", "bytewax")
 PATHWAY = Peer("Pathway", "on_pathway.py", "pathway")

@@ -1,4 +1,9 @@
-"""Beam as its guide teaches it, an element per row, on FnApiRunner: ``python on_beam_rows.py JOB FOLDER TARGET``."""
+"""Beam with an element per row, on FnApiRunner: ``python on_beam_rows.py JOB FOLDER TARGET keys|windows``.
+
+``windows`` (base only) is how Beam's guide aggregates by the hour: timestamps, FixedWindows, CombinePerKey. ``keys`` is
+the fastest that we found: the hour is a part of the key, and Beam's windows are not used. Both combine in one
+hand-written accumulator, which costs a third less than Beam's own combiners in a tuple.
+"""
 
 import sys
 from collections.abc import Iterable
@@ -82,20 +87,50 @@ class Sketch(beam.combiners.TupleCombineFn):  # type: ignore[misc]
         return super().add_input(accumulator, (value, value, user))
 
 
-def main(job: str, folder: str, target: str) -> None:
+class HourOfWindow(beam.DoFn):  # type: ignore[misc]
+    """Puts the window back into the key."""
+
+    def process(
+        self, result: tuple[str, Accumulator], window: Any = beam.DoFn.WindowParam
+    ) -> Iterable[tuple[Key, Accumulator]]:
+        key, summary = result
+        yield (key, int(window.start) // 3600), summary
+
+
+def timed(row: dict[str, Any]) -> Any:
+    return beam.window.TimestampedValue((row["key"], row["value"]), row["ts"].timestamp())
+
+
+def by_window(rows: beam.PCollection) -> beam.PCollection:
+    return (
+        rows
+        | beam.Map(timed).with_output_types(tuple[str, float])
+        | beam.WindowInto(beam.window.FixedWindows(3600))
+        | beam.CombinePerKey(Summary())
+        | beam.ParDo(HourOfWindow())
+        | beam.Map(base)
+    )
+
+
+def by_key(rows: beam.PCollection, sketched: bool) -> beam.PCollection:
+    return (
+        rows
+        | beam.Map(hourly_pair if sketched else hourly)
+        | beam.CombinePerKey(Sketch() if sketched else Summary())
+        | beam.Map(sketch if sketched else base)
+    )
+
+
+def main(job: str, folder: str, target: str, style: str) -> None:
     sketched = job == "sketch"
     schema = SCHEMA
     if sketched:
         schema = SCHEMA.append(pa.field("p95", pa.float64())).append(pa.field("users", pa.int64()))
+    columns = ["key", "ts", "value", *["user"] * sketched]
     with beam.Pipeline(runner=FnApiRunner()) as pipeline:
-        _ = (
-            pipeline
-            | beam.io.ReadFromParquet(f"{folder}/*.parquet", columns=["key", "ts", "value", *["user"] * sketched])
-            | beam.Map(hourly_pair if sketched else hourly)
-            | beam.CombinePerKey(Sketch() if sketched else Summary())
-            | beam.Map(sketch if sketched else base)
-            | beam.io.WriteToParquet(f"{target}/result", schema, file_name_suffix=".parquet")
-        )
+        rows = pipeline | beam.io.ReadFromParquet(f"{folder}/*.parquet", columns=columns)
+        results = by_window(rows) if style == "windows" else by_key(rows, sketched)
+        _ = results | beam.io.WriteToParquet(f"{target}/result", schema, file_name_suffix=".parquet")
 
 
 if __name__ == "__main__":
