@@ -10,6 +10,7 @@ import datetime
 from collections.abc import Callable, Mapping
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -23,6 +24,9 @@ FILTERED = -1
 """The status of a filtered row; null: kept; 0 and more: the index of the reason that refused it."""
 
 BOOKKEEPING = ("_source", "_offset")
+
+ROW = "_row"
+"""What a row carries through the stages instead: its number in the batch. From it come position and payload."""
 
 FAILURES = (duckdb.ConversionException, duckdb.OutOfRangeException, duckdb.InvalidInputException, duckdb.DataError)
 """What DuckDB raises when an expression fails in a row."""
@@ -58,7 +62,7 @@ class Miss:
 class SqlStage:
     """SQL steps in a row, as one query.
 
-    sql: from ``batch`` and tables ``dim_<name>`` to the stage's columns, bookkeeping, ``_status`` and miss columns.
+    sql: from ``batch`` and tables ``dim_<name>`` to the stage's columns, ``_row``, ``_status`` and miss columns.
     safe: the same with TRY. part: whose tallies these are: "source", "exploded" once an Explode made other rows of
     them, or "view:<name>". alias: the stage only adds event_time, equal to this column, where every value of that is
     one. dimensions: whose tables it joins. keyed: it makes pseudonyms.
@@ -131,8 +135,9 @@ class Chain:
 
         Raises DataRefused for a row that a rule says must stop the run.
         """
-        rows, dead, tallies = batch, [DEAD_LETTERS.empty_table()], []
-        kept = None
+        columns = [name for name in batch.column_names if name not in (*BOOKKEEPING, RAW.name)]
+        rows = batch.select(columns).append_column(ROW, pa.array(np.arange(len(batch), dtype=np.int32)))
+        dead, tallies, kept, same = [DEAD_LETTERS.empty_table()], [], None, True
         for stage in self.stages:
             if kept is None and isinstance(stage, SqlStage) and stage.part != "source":
                 kept = len(rows)
@@ -143,6 +148,7 @@ class Chain:
                 rows = _aliased(rows, stage.alias)
                 continue
             keys = {KEYS: pseudonym_keys(key())} if stage.keyed else {}
+            same = False
             answer = _query(stage, rows, {**{f"dim_{name}": dimensions[name] for name in stage.dimensions}, **keys})
             status = answer["_status"]
             if status.null_count < len(answer):
@@ -153,6 +159,9 @@ class Chain:
             rows = answer.drop_columns(["_status", *(miss.column for miss in stage.misses)])
         if self.shared:
             tallies.append(conservation.tally("source", "kept", len(rows) if kept is None else kept))
+        places = batch.select(BOOKKEEPING) if same else batch.select(BOOKKEEPING).take(rows[ROW])
+        names = self.schema.names
+        rows = pa.table([*rows.select(names).columns, *places.columns], [*names, *BOOKKEEPING])
         return Outcome(rows, pa.concat_tables(dead), conservation.merge(tallies))
 
     def tried(self) -> "Chain":
@@ -161,18 +170,19 @@ class Chain:
         return dataclasses.replace(self, stages=tuple(safe))
 
     def _refuse(self, stage: SqlStage, answer: pa.Table, batch: pa.Table, cipher: Cipher | None) -> pa.Table:
-        bad = answer.filter(pc.greater_equal(answer["_status"], 0)).select([*BOOKKEEPING, "_status"])
+        bad = answer.select([ROW, "_status"]).filter(pc.greater_equal(answer["_status"], 0))
         if not len(bad):
             return DEAD_LETTERS.empty_table()
         reasons = [stage.reasons[code] for code in bad["_status"].to_pylist()]
+        refused = batch.take(bad[ROW])
         for row, reason in enumerate(reasons):
             if reason.stop:
-                where = f"{bad['_source'][row]} at {bad['_offset'][row]}"
+                where = f"{refused['_source'][row]} at {refused['_offset'][row]}"
                 rule = f"{reason.reason.removesuffix(' failed')} ({reason.detail})"
                 ends = "Check(on_fail='stop') ends the run"
                 raise DataRefused(f"{self.pipeline}, {reason.step}: {rule} failed for {where}; {ends}")
         return refuse(
-            _originals(bad, batch),
+            refused,
             pipeline=self.pipeline,
             step=pa.array([reason.step for reason in reasons]),
             reason=pa.array([reason.reason for reason in reasons]),
@@ -197,20 +207,7 @@ def _timely(times: pa.ChunkedArray) -> bool:
 
 
 def _aliased(rows: pa.Table, column: str) -> pa.Table:
-    names = [name for name in rows.column_names if name not in (*BOOKKEEPING, RAW.name)]
-    columns = [*rows.select(names).columns, rows[column], *rows.select(BOOKKEEPING).columns]
-    return pa.table(columns, [*names, "event_time", *BOOKKEEPING])
-
-
-def _originals(bad: pa.Table, batch: pa.Table) -> pa.Table:
-    """The rows of the batch that were refused, as they came in, in the order of ``bad``."""
-    return query.run(
-        "SELECT b.* EXCLUDE (_copy) FROM (SELECT *, row_number() OVER () AS _n FROM bad_rows) r JOIN "
-        "(SELECT *, row_number() OVER (PARTITION BY _source, _offset) AS _copy FROM batch "
-        "WHERE (_source, _offset) IN (SELECT (_source, _offset) FROM bad_rows)) b "
-        "ON b._source = r._source AND b._offset = r._offset AND b._copy = 1 ORDER BY r._n",
-        {"bad_rows": bad, "batch": batch},
-    )
+    return rows.append_column("event_time", rows[column])
 
 
 def _counts(stage: SqlStage, status: pa.ChunkedArray) -> list[pa.Table]:
@@ -230,12 +227,12 @@ def _misses(stage: SqlStage, rows: pa.Table) -> list[pa.Table]:
 
 
 def _call(stage: PythonStage, rows: pa.Table) -> pa.Table:
-    answer = stage.function(rows.drop_columns(list(BOOKKEEPING)))
+    answer = stage.function(rows.drop_columns(ROW))
     if not isinstance(answer, pa.Table) or len(answer) != len(rows):
         what = f"{len(answer)} rows for {len(rows)}" if isinstance(answer, pa.Table) else f"a {type(answer).__name__}"
         raise UserError(f"{stage.label}: its function returned {what}; give a pyarrow.Table of the same rows")
     columns = [_column(stage, answer, field) for field in stage.schema]
-    return pa.table([*columns, rows["_source"], rows["_offset"]], [*stage.schema.names, *BOOKKEEPING])
+    return pa.table([*columns, rows[ROW]], [*stage.schema.names, ROW])
 
 
 def _column(stage: PythonStage, answer: pa.Table, field: pa.Field) -> pa.ChunkedArray:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 import pyarrow as pa
 
 from pipelines.transforms import query
-from pipelines.transforms.chain import BOOKKEEPING, FILTERED, Chain, Miss, PythonStage, Reason, SqlStage, Stage
+from pipelines.transforms.chain import FILTERED, ROW, Chain, Miss, PythonStage, Reason, SqlStage, Stage
 from pipelines.transforms.expressions import DefinitionError, Expression, check, nearest, quote, underlined
 
 
@@ -150,9 +150,7 @@ class Builder:
         for attempt, whens in ((str, plain), (tried, safe)):
             made = [f"{attempt(sql)} AS {quote(name)}" for name, sql in cells.items()]
             status = f"CASE WHEN {' WHEN '.join(whens)} END AS _status" if len(whens) > 1 else "_status"
-            columns = ", ".join(
-                [*kept, *made, *(f"{sql} AS {name}" for name, sql in extra.items()), *BOOKKEEPING, status]
-            )
+            columns = ", ".join([*kept, *made, *(f"{sql} AS {name}" for name, sql in extra.items()), ROW, status])
             texts.append(f"SELECT {columns} FROM {source(previous)}")
         self._ctes.append((texts[0], texts[1]))
 
@@ -168,7 +166,7 @@ class Builder:
     def close(self, *, exploded: bool = False) -> None:
         """Ends the open stage and opens the next."""
         if len(self._ctes) > 1:
-            columns = [*map(quote, self.scope.types), *BOOKKEEPING, "_status", *(miss.column for miss in self._misses)]
+            columns = [*map(quote, self.scope.types), ROW, "_status", *(miss.column for miss in self._misses)]
             last = f"SELECT {', '.join(columns)} FROM s{len(self._ctes) - 1}"
             plain, safe = (
                 "WITH " + ",\n".join(f"s{n} AS ({cte[kind]})" for n, cte in enumerate(self._ctes)) + "\n" + last
