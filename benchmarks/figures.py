@@ -49,7 +49,7 @@ class Figures:
         if not path.exists():
             return cls({}, [])
         stored = json.loads(path.read_text(encoding="utf-8"))
-        return cls(stored["machine"], [_run(fields) for fields in stored["runs"]], stored.get("profiles", {}))
+        return cls(stored["machine"], [_run(fields) for fields in stored["runs"]], stored["profiles"])
 
     def save(self, path: Path) -> None:
         runs = ",\n".join(json.dumps(dataclasses.asdict(run)) for run in self.runs)
