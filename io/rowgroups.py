@@ -53,9 +53,10 @@ class RowGroups:
         return found
 
     def _stored(self, group: int, wanted: tuple[str, ...]) -> int:
-        meta = self.footer.row_group(group)
-        columns = (meta.column(index) for index in range(meta.num_columns))
-        return sum(column.total_compressed_size for column in columns if _under(column.path_in_schema, wanted))
+        with _damage(self.file):
+            meta = self.footer.row_group(group)
+            columns = (meta.column(index) for index in range(meta.num_columns))
+            return sum(column.total_compressed_size for column in columns if _under(column.path_in_schema, wanted))
 
 
 def _under(path: str, wanted: tuple[str, ...]) -> bool:
@@ -88,15 +89,19 @@ def _table(source: str, first: int, batches: list[pa.RecordBatch]) -> pa.Table:
 
 @contextlib.contextmanager
 def _opened(file: File) -> Iterator[pq.ParquetFile]:
-    with contextlib.ExitStack() as stack:
-        try:
-            # Of a remote file all columns of a split are fetched side by side, before they are decoded. Of a local one
-            # that would only hold them (400 MB for a file of 30M rows).
-            handle = stack.enter_context(_seekable(file))
-            yield pq.ParquetFile(handle, pre_buffer=not file.local, buffer_size=1 << 18 if file.local else 0)
-        except (pa.ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{file.source}: damaged or cut-off Parquet ({reason}); write it again") from error
+    with _damage(file), _seekable(file) as handle:
+        # Of a remote file all columns of a split are fetched side by side, before they are decoded. Of a local one
+        # that would only hold them (400 MB for a file of 30M rows).
+        yield pq.ParquetFile(handle, pre_buffer=not file.local, buffer_size=1 << 18 if file.local else 0)
+
+
+@contextlib.contextmanager
+def _damage(file: File) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file.source}: damaged or cut-off Parquet ({reason}); write it again") from error
 
 
 @contextlib.contextmanager
