@@ -18,8 +18,8 @@ from pipelines.io.table import open_table
 pytestmark = pytest.mark.slow
 
 _KEPT = """
-    SELECT f.*, CASE WHEN fresh THEN w.wind_speed END AS wind_speed, CASE WHEN fresh THEN w.visib END AS visib,
-        a.name AS dest_name, f.time_hour - w.time_hour <= INTERVAL 3 HOUR AS fresh
+    SELECT f.*, f.time_hour - w.time_hour <= INTERVAL 3 HOUR AS fresh, a.name AS dest_name,
+        CASE WHEN fresh THEN w.wind_speed END AS wind_speed, CASE WHEN fresh THEN w.visib END AS visib
     FROM flights f
     ASOF LEFT JOIN weather w ON f.origin = w.origin AND f.time_hour >= w.time_hour
     LEFT JOIN airports a ON f.dest = a.faa
@@ -34,10 +34,10 @@ _BY_CARRIER = f"""
     FROM ({_KEPT}) GROUP BY ALL ORDER BY ALL
 """
 _BY_DAY = f"""
-    SELECT dest_name, day AT TIME ZONE 'America/New_York' AS window_start,
-        (day + INTERVAL 1 DAY) AT TIME ZONE 'America/New_York' AS window_end,
+    SELECT dest_name, local AT TIME ZONE 'America/New_York' AS window_start,
+        (local + INTERVAL 1 DAY) AT TIME ZONE 'America/New_York' AS window_end,
         count(*) AS flights, avg(dep_delay) AS delay, avg((visib < 3)::INT) AS poor_sight
-    FROM (SELECT *, date_trunc('day', time_hour AT TIME ZONE 'America/New_York') AS day FROM ({_KEPT}))
+    FROM (SELECT *, date_trunc('day', time_hour AT TIME ZONE 'America/New_York') AS local FROM ({_KEPT}))
     GROUP BY ALL ORDER BY ALL
 """
 
