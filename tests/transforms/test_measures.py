@@ -285,8 +285,10 @@ def test_float_sums_at_the_edges(values: list[float | None], expected: float | N
     batch = pa.table(
         {"k": [0] * (len(values) + 1), "t": [0] * (len(values) + 1), "x": pa.array([*values, None], pa.float64())}
     )
-    (total,) = _results(Sum("x"), "DOUBLE", _partial(Sum("x"), "DOUBLE", batch))
-    assert str(total) == str(expected)
+    states = [_partial(Sum("x"), "DOUBLE", batch.slice(row, 1)) for row in range(len(batch))]
+    for parts in ([_partial(Sum("x"), "DOUBLE", batch)], [_merge(Sum("x"), "DOUBLE", *states)]):
+        (total,) = _results(Sum("x"), "DOUBLE", *parts)
+        assert str(total) == str(expected)
 
 
 def test_a_sum_past_its_type_is_an_error_and_wider_types_hold_it() -> None:
@@ -304,10 +306,18 @@ def test_the_variance_of_large_integers_near_each_other_is_exact() -> None:
     base = 1 << 44
     assert _one(Variance("x"), "BIGINT", [base, base + 1, base + 2]) == 1.0
     assert _one(Variance("x"), "BIGINT", [base] * 1000) == 0.0
+    assert _one(Variance("x"), "BIGINT", [base] * 99_999 + [base - 1]) == pytest.approx(1e-5, rel=1e-15)
     assert _one(
         StdDev("x"), "DECIMAL(18,2)", [Decimal("10000000.01"), Decimal("10000000.03")], pa.decimal128(18, 2)
     ) == (pytest.approx(0.0141421356237, rel=1e-9))
     assert _one(Variance("x"), "BIGINT", [-(1 << 63), (1 << 63) - 1]) == pytest.approx(2.0**127)
+
+
+@pytest.mark.parametrize("measure", [Min("x"), Max("x"), First("x"), Last("x"), Quantile("x", 0), Quantile("x", 1)])
+def test_there_is_one_zero(measure: Measure) -> None:
+    """Or which of 0.0 and -0.0 came first would show."""
+    zeros = pa.table({"k": [0, 0, 1, 1], "t": [0, 0, 0, 0], "x": [0.0, -0.0, -0.0, 0.0]})
+    assert list(map(str, _results(measure, "DOUBLE", _partial(measure, "DOUBLE", zeros)))) == ["0.0", "0.0"]
 
 
 # Definitions.
