@@ -7,6 +7,7 @@ user's mistake (a line on stderr), 3 data refused.
 
 import datetime
 import difflib
+import json
 import logging
 import pkgutil
 import sys
@@ -173,12 +174,15 @@ def list_() -> None:
 @cli.command(context_settings=_CONTEXT)
 @click.argument("pipeline")
 @_SET
-def describe(pipeline: str, parameters: Sequence[tuple[str, str]]) -> None:
+@_JSON
+def describe(pipeline: str, parameters: Sequence[tuple[str, str]], as_json: bool) -> None:
     """Tell a definition: schema, steps, the SQL they become, and the source columns of every column."""
     from pipelines import definition
     from pipelines import describe as telling
 
-    click.echo(telling.describe(definition.load(pipeline, **dict(parameters))))
+    declared = definition.load(pipeline, **dict(parameters))
+    told = json.dumps(telling.facts(declared), indent=2, ensure_ascii=False) if as_json else telling.describe(declared)
+    click.echo(told)
 
 
 @cli.command(context_settings=_CONTEXT)

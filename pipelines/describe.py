@@ -2,7 +2,8 @@
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -14,6 +15,11 @@ from pipelines.transforms.chain import Chain, PythonStage
 from pipelines.transforms.schema import RowSchema
 from pipelines.transforms.steps import Step
 from pipelines.transforms.view import ViewPlan
+
+_PARTS = ("partial", "merge", "windowed", "result")
+_WIDTH = 100
+_CLAUSES = ("SELECT", "FROM", "WHERE", "GROUP", "ORDER", "ASOF", "LEFT")
+_TOKEN = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|--[^\n]*\n?|/\*.*?\*/|\w+|\s+|.""", re.DOTALL)
 
 
 def describe(pipeline: Pipeline) -> str:
@@ -28,6 +34,58 @@ def describe(pipeline: Pipeline) -> str:
     for view, compiled in zip(pipeline.views, plan.views, strict=True):
         parts += _view(pipeline, view, compiled, plan.lineage[view.name])
     return "\n".join(parts)
+
+
+def facts(pipeline: Pipeline) -> dict[str, Any]:
+    """The same, to be written as JSON."""
+    plan, source = pipeline.plan(), pipeline.source
+    views = {}
+    for view, compiled in zip(pipeline.views, plan.views, strict=True):
+        answers = [compiled.schema.field(name) for name in compiled.columns]
+        views[view.name] = {
+            "doc": view.doc,
+            "by": list(view.by),
+            "window": _written(view.window),
+            "steps": [f"{step.label} {_said(step)}" for step in view.steps],
+            "measures": {name: _written(measure) for name, measure in view.measures},
+            "columns": _traced(answers, plan.lineage[view.name]),
+            "sql": {"steps": _texts(compiled.chain), **{name: getattr(compiled, name) for name in _PARTS}},
+        }
+    return {
+        "pipeline": pipeline.name,
+        "doc": pipeline.doc,
+        "source": {
+            **{
+                name: getattr(source, name)
+                for name in ("name", "event_time", "disorder", "lateness", "extra", "invalid")
+            },
+            "identity": list(source.identities),
+            "columns": _fields(source.schema),
+        },
+        "dimensions": {
+            d.name: {"key": list(d.key), "valid_from": d.valid_from, "columns": _fields(d.schema)}
+            for d in pipeline.dimensions
+        },
+        "steps": [f"{step.label} {_said(step)}" for step in pipeline.steps],
+        "sql": _texts(plan.chain),
+        "events": _traced(plan.chain.schema, plan.lineage["events"]) if pipeline.events else None,
+        "views": views,
+    }
+
+
+def _fields(schema: RowSchema) -> dict[str, Any]:
+    return {
+        field.name: {"type": str(field.type), "nullable": field.nullable, **dataclasses.asdict(field.column)}
+        for field in schema.fields
+    }
+
+
+def _traced(fields: Iterable[pa.Field], lineage: Lineage) -> dict[str, Any]:
+    return {field.name: {"type": str(field.type), "from": sorted(lineage[field.name])} for field in fields}
+
+
+def _texts(chain: Chain | None) -> list[str]:
+    return [stage.label if isinstance(stage, PythonStage) else stage.sql for stage in chain.stages] if chain else []
 
 
 def _title(pipeline: Pipeline) -> str:
@@ -80,7 +138,7 @@ def _steps(name: str, steps: tuple[Step, ...], chain: Chain) -> Iterator[str]:
         if isinstance(stage, PythonStage):
             yield _heading(f"{name}, a function", stage.label)
         else:
-            yield f"{_heading(f'{name}, SQL')}\n{indent(stage.sql)}"
+            yield f"{_heading(f'{name}, SQL')}\n{indent(laid_out(stage.sql))}"
 
 
 def _said(step: Step) -> str:
@@ -111,8 +169,8 @@ def _view(pipeline: Pipeline, view: View, plan: ViewPlan, lineage: Lineage) -> I
     yield _columns(answers, lineage, {name: _written(measure) for name, measure in view.measures})
     if plan.chain:
         yield from _steps(f"view {view.name}, steps", view.steps, plan.chain)
-    for name in ("partial", "merge", "windowed", "result"):
-        yield f"{_heading(f'view {view.name}, SQL, {name}')}\n{indent(getattr(plan, name))}"
+    for name in _PARTS:
+        yield f"{_heading(f'view {view.name}, SQL, {name}')}\n{indent(laid_out(getattr(plan, name)))}"
 
 
 def _written(value: Any) -> str:
@@ -134,3 +192,38 @@ def _columns(schema: pa.Schema, lineage: Lineage, measures: Mapping[str, str] = 
         for field in schema
     ]
     return indent(_without_empty(("column", "type", "measure", "from"), rows))
+
+
+def laid_out(sql: str) -> str:
+    """The same SQL on lines that can be read: queries indented, clauses on lines of their own, long lists broken.
+
+    >>> print(laid_out("SELECT a, trim(both from b) FROM (SELECT * FROM batch) WHERE c"))
+    SELECT a, trim(both from b)
+    FROM (
+      SELECT *
+      FROM batch)
+    WHERE c
+    """
+    lines: list[str] = []
+    line, last, queries = "", "", [True]
+    tokens = [token if token.strip() else " " for token in _TOKEN.findall(sql.strip())]
+
+    def broken(width: int) -> None:
+        nonlocal line
+        lines.append(line.rstrip())
+        line = "  " * width
+
+    for place, token in enumerate(tokens):
+        depth = sum(queries) - 1
+        clause = queries[-1] and token in _CLAUSES and last != "ASOF"
+        if line.endswith("\n") or (clause and line.strip()):
+            broken(depth)
+        line += token if line.strip() or token != " " else ""
+        if token == "(":
+            queries.append(any(word in ("SELECT", "WITH") for word in tokens[place + 1 : place + 3]))
+            if queries[-1]:
+                broken(depth + 1)
+        elif token == "," and queries[-1] and (last == "query)" or len(line) > _WIDTH):
+            broken(depth + (last != "query)"))
+        last = last if token == " " else "query)" if token == ")" and queries.pop() else token
+    return "\n".join([*lines, line.rstrip()])

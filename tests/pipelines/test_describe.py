@@ -21,8 +21,10 @@ from pipelines import (
     Source,
     Tumbling,
     View,
+    load,
 )
-from pipelines.describe import describe
+from pipelines.describe import describe, facts, laid_out
+from pipelines.transforms.chain import SqlStage
 
 
 class Reading:
@@ -114,3 +116,48 @@ def test_the_sql_is_whole(part: str) -> None:
 
 def test_a_function_is_a_part_of_its_own(lines: list[str]) -> None:
     assert "steps, a function: step 4 (Apply)" in lines
+
+
+def test_the_facts_are_json_with_the_same_sql_and_lineage() -> None:
+    told = json.loads(json.dumps(facts(READINGS)))
+    plan = READINGS.plan()
+    assert (told["pipeline"], told["source"]["identity"], told["source"]["extra"]) == (
+        "readings",
+        ["sensor", "seen"],
+        "ignore",
+    )
+    assert told["source"]["columns"]["celsius"]["unit"] == "°C"
+    assert told["source"]["columns"]["sensor"]["personal"] == "id"
+    assert told["dimensions"]["rooms"]["key"] == ["sensor"]
+    assert told["sql"] == [getattr(stage, "sql", "step 4 (Apply)") for stage in plan.chain.stages]
+    assert told["events"]["kelvin"] == {"type": "double", "from": ["celsius"]}
+    view = told["views"]["by_room"]
+    assert view["columns"]["where"] == {"type": "string", "from": ["rooms.room"]}
+    assert view["measures"]["p95"] == "Quantile('double', 0.95)"
+    assert view["sql"]["merge"] == plan.views[0].merge
+
+
+@pytest.mark.parametrize("name", ["flights", "calls", "orders", "sensors"])
+def test_sql_that_is_laid_out_is_the_same_sql(name: str) -> None:
+    plan = load(name).plan()
+    chains = [plan.chain, *(view.chain for view in plan.views if view.chain)]
+    texts = [stage.sql for chain in chains for stage in chain.stages if isinstance(stage, SqlStage)]
+    texts += [text for view in plan.views for text in (view.partial, view.merge, view.windowed, view.result)]
+    for text in texts:
+        laid = laid_out(text)
+        assert "".join(laid.split()) == "".join(text.split())
+        assert not any(" FROM " in line.strip() for line in laid.splitlines())
+
+
+def test_literals_names_and_comments_are_left_as_they_are() -> None:
+    sql = (
+        """SELECT 'a  FROM (SELECT', "b  ,  c" FROM (SELECT x -- , FROM\n) ASOF LEFT JOIN y WHERE z IN ('('  ,  ')')"""
+    )
+    assert laid_out(sql).split("\n") == [
+        """SELECT 'a  FROM (SELECT', "b  ,  c\"""",
+        "FROM (",
+        "  SELECT x -- , FROM",
+        "  )",
+        "ASOF LEFT JOIN y",
+        "WHERE z IN ('(' , ')')",
+    ]
