@@ -134,8 +134,11 @@ def _taken(uri: str) -> str:
 def _write(uri: str, text: str) -> None:
     import fsspec
 
-    with fsspec.open(uri, "wt", encoding="utf-8") as file:
-        file.write(text)
+    try:
+        with fsspec.open(uri, "wt", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise UserError(f"--report={uri}: the run is done and committed, but this cannot be written: {error}") from None
 
 
 if __name__ == "__main__":
