@@ -64,7 +64,7 @@ def _under(path: str, wanted: tuple[str, ...]) -> bool:
 
 
 def read(split: Split) -> Iterator[pa.Table]:
-    """Tables of the split's columns, `_source` and `_offset` (the row's number in the file, from 0): about 1M rows or
+    """Tables of the split's columns, `_source` and `_offset` (the row's number in the file, from 0): about 2M rows or
     64 MB each, in chunks. Raises UserError where the file is damaged.
     """
     at, gathered, size = split.first, [], 0

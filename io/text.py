@@ -80,8 +80,10 @@ class Text:
 
 
 def read(split: Split, chunk: int = CHUNK) -> Iterator[pa.Table]:
-    """Raw tables (`_source`, `_offset` = byte of the line's start in the decompressed file, `_raw`), at most about
-    ``chunk`` bytes or 1M rows each. Blank lines are no rows. Raises UserError where an archive is damaged."""
+    """Raw tables: `_source`, `_offset` (the byte of the line's start in the decompressed file) and `_raw` (the line's
+    exact bytes with its line end, not copied), about ``chunk`` bytes each. Blank lines are no rows. Raises UserError
+    where an archive is damaged.
+    """
     assert split.form is not None
     schema = marked(_RAW_TABLE, split.form)
     with split.file.open() as handle:

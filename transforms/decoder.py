@@ -63,6 +63,8 @@ class Decoder:
         """Good rows in order, and dead letters with step "decode". A table that is right already is not copied."""
         raw = RAW.name in table.column_names
         form = (_form_of(table.schema) or self.form) if raw else None
+        if raw and table[RAW.name].null_count:  # a message without a payload: no bytes, which no format takes
+            table = table.set_column(table.schema.get_field_index(RAW.name), RAW, table[RAW.name].fill_null(b""))
         parsed = self._parse(table, form)
         rows, faults = self._rows(table, parsed)
         if not len(faults):

@@ -444,6 +444,16 @@ def test_a_batch_without_rows_is_a_batch() -> None:
         assert decoded.rows.schema.names[:3] == ["x", "_source", "_offset"]
 
 
+@pytest.mark.parametrize(
+    "form", [Csv(("x", "y")), Json(), Avro('{"type":"record","name":"R","fields":[{"name":"x","type":"int"}]}')]
+)
+def test_a_message_without_a_payload_is_refused(form: Form) -> None:
+    table = raw(b"").set_column(2, "_raw", pa.array([None], pa.large_binary()))
+    dead = Decoder(row(int), "p", form=form).decode(table).dead
+    assert dead is not None
+    assert dead["payload"].to_pylist() == [b""]
+
+
 # invalid, extra, personal
 
 
