@@ -268,6 +268,7 @@ def test_our_own_fault_is_a_traceback(call: Call, monkeypatch: pytest.MonkeyPatc
         cli.main()
 
 
+@pytest.mark.slow
 def test_a_run_reports_and_can_be_asked(call: Call) -> None:
     done = call(*RUN, "--set=most=300")
     assert done.code == 0, done.err
@@ -295,6 +296,7 @@ def test_a_run_reports_and_can_be_asked(call: Call) -> None:
     assert json.loads(again.out)["views"] == written["views"]
 
 
+@pytest.mark.slow
 def test_a_range_is_recomputed_alone(call: Call) -> None:
     assert call(*RUN).code == 0
     Path("rows.csv").write_text(ROWS.replace("00:10:00Z,10", "00:10:00Z,30").replace("01:20:00Z,", "01:20:00Z,50"))
@@ -306,6 +308,7 @@ def test_a_range_is_recomputed_alone(call: Call) -> None:
     assert json.loads(answer.out) == [{"sensor": "a", "n": 2, "mean": 15.0}, {"sensor": "b", "n": 1, "mean": 50.0}]
 
 
+@pytest.mark.slow
 def test_too_many_rejected_rows_exit_3_and_leave_the_report_of_the_last_good_run(call: Call) -> None:
     assert call(*RUN).code == 0
     before = Path("data/run.json").read_text()
