@@ -130,10 +130,10 @@ def _shuffled(table: pa.Table) -> list[pa.Table]:
 
 
 def _dimension(name: str, schema: RowSchema, rows: Iterable[Any] | pa.Table) -> pa.Table:
-    decoded = Decoder(schema, name, invalid="stop").decode(_positioned(_table(schema, rows)))
+    decoded = Decoder(schema, name).decode(_positioned(_table(schema, rows)))
     if decoded.dead is not None:
         first = decoded.dead.slice(0, 1).to_pylist()[0]
-        raise UserError(f"dimension {name}, row {first['offset']}: {first['reason']}")
+        raise UserError(f"dimension {name}, row {first['offset']}: {first['detail']}")
     return decoded.rows.select(schema.names)
 
 

@@ -89,6 +89,12 @@ def unheld(letters: pa.Table, held: pads.Dataset) -> pa.Table:
     """The dead letters that a table of them does not hold yet: none of the same place, step, reason and payload.
 
     What a run over a range refuses is added to what other ranges have refused, and the same range may run again.
+
+    >>> letters = pa.Table.from_pylist(
+    ...     [dict.fromkeys(DEAD_LETTERS.names, "x") | {"offset": n, "payload": b"x"} for n in (1, 2)], DEAD_LETTERS
+    ... )
+    >>> unheld(letters, pads.dataset(letters.slice(1)))["offset"].to_pylist()
+    [1]
     """
     offsets, there = pc.min_max(letters["offset"]), pads.field("offset")
     near = pads.field("source").isin(letters["source"].unique()) & (there >= offsets["min"]) & (there <= offsets["max"])
