@@ -34,7 +34,7 @@ from pipelines.transforms.errors import UserError
 from pipelines.transforms.lookup import unique
 from pipelines.transforms.protect import Cipher, Key
 from pipelines.transforms.schema import RowSchema
-from pipelines.transforms.spill import Spill, partitions
+from pipelines.transforms.spill import Shelf, Spill, partitions
 from pipelines.transforms.view import ViewPlan
 
 BUCKET_ROWS, BUCKET_BYTES, BUCKETS = 4_000_000, 256 * 2**20, 16
@@ -120,7 +120,7 @@ def _token(plan: Plan, history: files.Plan, dimensions: dict[str, files.Plan], *
 def build(root: beam.Pipeline, run: Prepared, *, spill: Path | None = None) -> None:
     """Puts the graph on an empty Beam pipeline. From here on the store holds a new generation, which nobody reads yet.
 
-    spill: where the one process of DirectRunner may keep rows on disk; None on engines, which shuffle them.
+    spill: where the one process of DirectRunner may keep rows and states on disk; None on engines, which shuffle them.
     """
     source, deployment = run.pipeline.source, run.deployment
     cipher = Cipher(Key.load(), PURPOSE) if source.schema.personal else None
@@ -138,13 +138,13 @@ def build(root: beam.Pipeline, run: Prepared, *, spill: Path | None = None) -> N
     dead.append(clean.dead)
     tallies.append(clean.tallies)
     staged: dict[str, beam.PCollection] = {}
+    shelf = None if spill is None else Shelf(spill)
     if run.pipeline.events:
         staged["events"] = _stage(_inside(clean.rows, run), "events", run)
     answered, written, generations = [], [], {}
     for view in run.views:
-        answers = clean.rows | Aggregate(
-            view, deployment.buckets or _buckets(run.history), sides, cipher, run.start, run.stop
-        )
+        buckets = deployment.buckets or _buckets(run.history)
+        answers = clean.rows | Aggregate(view, buckets, sides, cipher, run.start, run.stop, shelf)
         dead.append(answers["dead"])
         tallies.append(answers["tallies"])
         answered.append(answers["answered"])

@@ -14,11 +14,15 @@ import pyarrow as pa
 from pipelines.transforms import conservation
 from pipelines.transforms.buckets import split
 from pipelines.transforms.protect import Cipher
+from pipelines.transforms.spill import Shelf, size
 from pipelines.transforms.tables import TABLES
 from pipelines.transforms.view import ViewPlan
 
 PENDING = 32 * 2**20
 """Bytes of partials over all buckets that may wait before they are merged."""
+
+SHELVED = 8 * 2**20
+"""Bytes from which on a table of an accumulator is kept on disk, where there is a shelf for it."""
 
 ANSWERS = pa.schema([("view", pa.string()), ("rows", pa.int64()), ("digest", pa.uint64()), ("boundary", pa.int64())])
 """What a bucket answered: rows, their digest, and the greatest window_end (µs; null for Whole)."""
@@ -52,19 +56,20 @@ class Merge(beam.CombineFn):  # type: ignore[misc]
     """Merges states. An accumulator is tables still to be merged, the first of them merged already.
 
     Compaction is geometric: when what waits weighs more than what is merged (and than a share of PENDING), so each
-    state is merged a logarithmic number of times. Never mutates any accumulator but the first.
+    state is merged a logarithmic number of times. Never mutates any accumulator but the first. shelf: a disk that large
+    tables wait on, where all runs in one process.
     """
 
-    def __init__(self, plan: ViewPlan, buckets: int) -> None:
-        self.plan, self.enough = plan, PENDING // buckets
+    def __init__(self, plan: ViewPlan, buckets: int, shelf: Shelf | None = None) -> None:
+        self.plan, self.enough, self.shelf = plan, PENDING // buckets, shelf
 
     def create_accumulator(self) -> list[pa.Table]:
         return [self.plan.partial_schema.empty_table()]
 
     def add_input(self, accumulator: list[pa.Table], states: pa.Table) -> list[pa.Table]:
-        accumulator.append(states)
-        waiting = sum(table.nbytes for table in accumulator[1:])
-        return self.compact(accumulator) if waiting > max(accumulator[0].nbytes, self.enough) else accumulator
+        accumulator.append(self._kept(states))
+        first, *waiting = map(size, accumulator)
+        return self.compact(accumulator) if sum(waiting) > max(first, self.enough) else accumulator
 
     def merge_accumulators(self, accumulators: Iterable[list[pa.Table]]) -> list[pa.Table]:
         first, *others = accumulators
@@ -74,10 +79,15 @@ class Merge(beam.CombineFn):  # type: ignore[misc]
         return first
 
     def compact(self, accumulator: list[pa.Table]) -> list[pa.Table]:
-        return [self.plan.merged(accumulator)]
+        return accumulator if len(accumulator) == 1 else [self._kept(self.extract_output(accumulator))]
 
     def extract_output(self, accumulator: list[pa.Table]) -> pa.Table:
+        if self.shelf is not None:
+            accumulator = [self.shelf.get(states) for states in accumulator]
         return self.plan.merged(accumulator)
+
+    def _kept(self, states: pa.Table) -> pa.Table:
+        return states if self.shelf is None or size(states) < SHELVED else self.shelf.put(states)
 
     def get_accumulator_coder(self) -> beam.coders.Coder:
         return TABLES
@@ -117,7 +127,8 @@ class Aggregate(beam.PTransform):  # type: ignore[misc]
     """A bounded PCollection of row tables (with event_time) to the answers of a view.
 
     Outputs: ``main`` (the plan's schema), ``answered`` (ANSWERS), ``dead`` (DEAD_LETTERS), ``tallies`` (TALLY).
-    dimensions: name to a PCollection of one table, for the view's own look-ups.
+    dimensions: name to a PCollection of one table, for the view's own look-ups. shelf: where large states wait on disk
+    instead of in memory, in one process.
     """
 
     plan: ViewPlan
@@ -126,6 +137,7 @@ class Aggregate(beam.PTransform):  # type: ignore[misc]
     cipher: Cipher | None = None
     start: int | None = None
     stop: int | None = None
+    shelf: Shelf | None = None
 
     def __post_init__(self) -> None:
         super().__init__(self.plan.name)
@@ -139,7 +151,7 @@ class Aggregate(beam.PTransform):  # type: ignore[misc]
         parts = rows | "partial" >> beam.ParDo(partial, *sides).with_outputs("dead", "tallies", main="states")
         answers = (
             parts.states
-            | "merge" >> beam.CombinePerKey(Merge(self.plan, self.buckets))
+            | "merge" >> beam.CombinePerKey(Merge(self.plan, self.buckets, self.shelf))
             | "answer"
             >> beam.ParDo(Answer(self.plan, self.start, self.stop)).with_outputs("answered", "tallies", main="main")
         )

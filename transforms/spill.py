@@ -1,4 +1,4 @@
-"""Rows on disk in hash partitions, so that a set of any size can be de-duplicated in bounded memory on one machine.
+"""Tables on disk, so that one machine holds more than its memory: rows in hash partitions, states yet to be merged.
 
 What lies on disk is unreadable: every segment is sealed by AES-GCM with a key that never leaves memory.
 """
@@ -122,7 +122,7 @@ class _Files:
         if name not in self._opened:
             self._opened[name] = self._stack.enter_context(open(self._folder / name, "rb"))  # noqa: SIM115  (the stack)
         sealed = os.pread(self._opened[name].fileno(), length, start)
-        return pa.ipc.open_stream(self._aes.decrypt(sealed[:_NONCE], sealed[_NONCE:], None)).read_all()
+        return _unsealed(self._aes, sealed)
 
 
 class Writer:
@@ -158,10 +158,7 @@ class Writer:
             self._write(number, rows)
 
     def _write(self, number: int, rows: pa.Table) -> None:
-        sink, nonce = pa.BufferOutputStream(), secrets.token_bytes(_NONCE)
-        with pa.ipc.new_stream(sink, rows.schema, options=_OPTIONS) as stream:
-            stream.write_table(rows)
-        sealed = nonce + self._aes.encrypt(nonce, sink.getvalue().to_pybytes(), None)
+        sealed = _sealed(self._aes, rows)
         with _disk(self._spill.folder):
             if self._file is None:
                 descriptor, self._name = tempfile.mkstemp(dir=self._spill.folder)
@@ -169,6 +166,53 @@ class Writer:
             start = self._file.tell()
             self._file.write(sealed)
         self._segments.append((number, os.path.basename(self._name), start, len(sealed), rows.nbytes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shelf:
+    """Where a process puts tables down: what stands for one is a table itself, of its place and size.
+
+    A file stays until the folder is removed, so what was put may be taken several times.
+    """
+
+    folder: Path
+    key: bytes = dataclasses.field(default_factory=lambda: secrets.token_bytes(32), repr=False)
+
+    def put(self, table: pa.Table) -> pa.Table:
+        """Raises UserError where the disk is full."""
+        if table.schema == _SHELVED:
+            return table
+        sealed = _sealed(AESGCM(self.key), table)
+        with _disk(self.folder):
+            descriptor, name = tempfile.mkstemp(dir=self.folder)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(sealed)
+        return pa.table([[name], [table.nbytes]], schema=_SHELVED)
+
+    def get(self, table: pa.Table) -> pa.Table:
+        """What a table stands for; one that was never put is itself."""
+        if table.schema != _SHELVED:
+            return table
+        return _unsealed(AESGCM(self.key), Path(table["_file"][0].as_py()).read_bytes())
+
+
+def _sealed(aes: AESGCM, table: pa.Table) -> bytes:
+    sink, nonce = pa.BufferOutputStream(), secrets.token_bytes(_NONCE)
+    with pa.ipc.new_stream(sink, table.schema, options=_OPTIONS) as stream:
+        stream.write_table(table)
+    return nonce + aes.encrypt(nonce, sink.getvalue().to_pybytes(), None)
+
+
+def _unsealed(aes: AESGCM, sealed: bytes) -> pa.Table:
+    return pa.ipc.open_stream(aes.decrypt(sealed[:_NONCE], sealed[_NONCE:], None)).read_all()
+
+
+_SHELVED = pa.schema([("_file", pa.string()), ("_bytes", pa.int64())])
+
+
+def size(table: pa.Table) -> int:
+    """Bytes of a table, or of what it stands for on a shelf."""
+    return int(table["_bytes"][0].as_py() if table.schema == _SHELVED else table.nbytes)
 
 
 @contextlib.contextmanager
