@@ -64,8 +64,10 @@ class Builder:
         self._alias: str | None = None
 
     def chain(self, *, shared: bool) -> Chain:
+        """The stages since the last chain was made."""
         self.close()
-        return Chain(tuple(self._stages), self.scope.arrow, self.pipeline, shared=shared)
+        stages, self._stages = tuple(self._stages), []
+        return Chain(stages, self.scope.arrow, self.pipeline, shared=shared)
 
     # What steps ask for
 
