@@ -60,6 +60,7 @@ class Builder:
         self._reasons: list[Reason] = []
         self._misses: list[Miss] = []
         self._dimensions: list[str] = []
+        self._made: set[str] = set()
         self.keyed = False
         self._alias: str | None = None
 
@@ -97,6 +98,12 @@ class Builder:
         if name.startswith("_") or name in ("event_time", "window_start", "window_end") or not name.isidentifier():
             raise DefinitionError(f"{self.where}: the name {name!r} is reserved or not a plain name; choose another")
         return name
+
+    def settle(self, names: Iterable[str]) -> None:
+        """Before these columns go: the open stage ends if it makes one of them, so that a row in which that fails is
+        refused whatever else is in its batch. Within a query DuckDB computes nothing that goes."""
+        if not self._made.isdisjoint(names):
+            self.close()
 
     def reason(self, reason: str, detail: str, *, stop: bool = False) -> int:
         """The status code of a reason to refuse a row."""
@@ -136,6 +143,7 @@ class Builder:
         rules: (expression, Rule) in order. source: makes the FROM clause from the previous CTE's name. extra:
         bookkeeping columns, kept to the stage's end. certain: no cell fails, so none is tried (a subquery cannot be).
         """
+        self._made |= set() if certain else cells.keys()
         previous = f"s{len(self._ctes) - 1}"
         kept = [quote(name) for name in self.scope.types if name not in cells]
         kept += [miss.column for miss in self._misses if miss.column not in extra]

@@ -99,14 +99,11 @@ class Check(Step):
             to.scope.put(name, "BOOLEAN", sources[name])
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True)
 class Filter(Step):
     """Keeps only the rows for which ``keep`` is true; the others are counted as filtered, not rejected."""
 
     keep: Sql
-
-    def __init__(self, keep: Sql) -> None:
-        _set(self, keep=keep)
 
     def build(self, to: Builder) -> None:
         keep = to.check(self.keep, "BOOLEAN").sql
@@ -125,6 +122,7 @@ class Derive(Step):
 
     def build(self, to: Builder) -> None:
         found = {to.free(name): to.check(sql, name=name) for name, sql in self.columns}
+        to.settle(found)
         cells = {name: to.guard(expression.sql) for name, expression in found.items()}
         sources = {name: to.scope.sources(expression) for name, expression in found.items()}
         to.select(cells, [(made.sql, to.failure(name, made.sql, made.type)) for name, made in found.items()])
@@ -144,6 +142,7 @@ class Drop(Step):
         _set(self, columns=columns)
 
     def build(self, to: Builder) -> None:
+        to.settle(self.columns)
         for name in self.columns:
             if name == "event_time":
                 raise DefinitionError(f"{to.where}: event_time is what windows go by; it stays")
@@ -257,14 +256,11 @@ class Lookup(Step):
             )
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True)
 class Explode(Step):
     """A list of structs becomes one row each; the struct's fields become columns. Without items there is no row."""
 
     column: str
-
-    def __init__(self, column: str) -> None:
-        _set(self, column=column)
 
     def build(self, to: Builder) -> None:
         kind = to.check(quote(to.column(self.column))).type

@@ -177,6 +177,16 @@ def test_dropped_columns_are_gone() -> None:
     assert chain.run(table(ids(1)), {}).rows.column_names == ["id", "event_time", "_source", "_offset"]
 
 
+@pytest.mark.parametrize("last", [Drop("made"), Derive(made="1"), Drop("made", "text")])
+def test_a_row_that_fails_is_refused_even_if_the_column_goes(last: Step) -> None:
+    rows: list[dict[str, Any]] = [{"text": "1"}, {"text": "x"}, {"text": "2", "id": 0}]
+    steps = [Derive(made="text::BIGINT", share="1 // id"), last]
+    whole = ran(steps, rows)
+    assert refused(whole) == [(1, "step 1 (Derive)", "made failed"), (2, "step 1 (Derive)", "share failed")]
+    alone = ran(steps, rows[1:2])
+    assert refused(alone) == [(0, "step 1 (Derive)", "made failed")]
+
+
 # Lookup
 
 
