@@ -76,6 +76,7 @@ def prepare(pipeline: Pipeline, deployment: Deployment) -> Prepared:
     used = tuple(f for f in source.schema.fields if f.name in plan.columns or source.extra != "ignore")
     schema = dataclasses.replace(source.schema, fields=used)  # an unused column would be one that we do not know
     history = files.plan(deployment.history, schema, extra=source.extra, invalid=source.invalid)
+    _format(history)
     dimensions = {
         d.name: files.plan(deployment.dimensions[d.name], d.schema, invalid="stop") for d in pipeline.dimensions
     }
@@ -133,7 +134,7 @@ def build(root: beam.Pipeline, run: Prepared, *, spill: Path | None = None) -> N
     if source.identities:
         first = rows | "dedupe" >> _dedupe(run, spill, cipher)
         rows, dead, tallies = first.rows, [*dead, first.dead], [*tallies, first.tallies]
-    chain = dataclasses.replace(run.plan.chain, format=_format(run))
+    chain = dataclasses.replace(run.plan.chain, format=_format(run.history))
     clean = rows | "clean" >> Clean(chain, _read_range(run), sides, cipher)
     dead.append(clean.dead)
     tallies.append(clean.tallies)
@@ -174,15 +175,21 @@ def _dedupe(run: Prepared, folder: Path | None, cipher: Cipher | None) -> Dedupe
         identity,
         run.pipeline.source.columns,
         pipeline=run.pipeline.name,
-        format=_format(run),
+        format=_format(run.history),
         spill=None if folder is None else Spill(folder, identity, parts),
         cipher=cipher,
     )
 
 
-def _format(run: Prepared) -> str:
-    """How the bytes of a refused row are read."""
-    return run.history.splits[0].format if run.history.splits else "json"
+def _format(history: files.Plan) -> str:
+    """How the bytes of a refused row are read: in one way for all. Raises UserError for files of several formats."""
+    formats = {split.format: split.file.source for split in history.splits}
+    if len(formats) > 1:
+        (one, first), (other, second), *_ = formats.items()
+        raise UserError(
+            f"{first} is {one}, {second} is {other}; a history has one format: name fewer files or convert some"
+        )
+    return next(iter(formats), "json")
 
 
 def _buckets(history: files.Plan) -> int:

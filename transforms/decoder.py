@@ -7,7 +7,6 @@ the row, with its line end).
 
 import dataclasses
 import functools
-import json
 
 import numpy as np
 import pyarrow as pa
@@ -173,8 +172,9 @@ class Decoder:
         rows = positions(extras.is_valid())
         if self.extra == "keep" or not len(rows):
             return
-        unknown = [", ".join(json.loads(text)) for text in extras.take(pa.array(rows)).to_pylist()]
-        details = [f"{self.schema.name} does not declare {names}" for names in unknown]
+        sql = "SELECT array_to_string(json_keys(extra), ', ') AS names FROM extras"
+        unknown = query.run(sql, {"extras": pa.table({"extra": extras.take(pa.array(rows))})})["names"]
+        details = [f"{self.schema.name} does not declare {names}" for names in unknown.to_pylist()]
         if self.extra == "stop":
             raise self._stopped(details[0], table, _at(parsed, rows), "extra")
         faults.add(_at(parsed, rows), "extra column", details)

@@ -54,6 +54,15 @@ MISTAKES: dict[str, tuple[Callable[["Place"], str], str]] = {
 }
 
 
+def test_files_of_two_formats_are_told_in_one_line(place: "Place") -> None:
+    place.write("rows.csv", HEADER + GOOD)
+    done = place.run("readings", f"{place.parquet().partition('.')[0]}.*")
+    assert done.code == 2
+    assert done.refusal == (
+        "rows.csv is csv, rows.parquet is parquet; a history has one format: name fewer files or convert some"
+    )
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_history_that_cannot_be_read_is_told_in_one_line(place: "Place", mistake: str) -> None:
     make, told = MISTAKES[mistake]
