@@ -55,7 +55,7 @@ class ViewPlan:
         """The states of these rows (partial_schema)."""
         if not len(rows):
             return self.partial_schema.empty_table()
-        return query.run(self.partial, {"batch": rows})
+        return collapse(query.run(self.partial, {"batch": rows}), self.states)
 
     def tried(self, rows: pa.Table, cipher: Cipher | None = None) -> tuple[pa.Table, Outcome | None]:
         """The states of these rows; and what was refused of them, if in some the expression of a measure fails."""
