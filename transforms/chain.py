@@ -195,9 +195,14 @@ class Chain:
 def _query(stage: SqlStage, batch: pa.Table, others: Mapping[str, pa.Table]) -> pa.Table:
     tables = {"batch": batch, **others}
     try:
-        return query.run(stage.sql, tables)
-    except FAILURES:
-        return query.run(stage.safe, tables)
+        try:
+            return query.run(stage.sql, tables)
+        except FAILURES:
+            return query.run(stage.safe, tables)
+    except duckdb.NotImplementedException as error:  # what TRY does not catch: an unknown time zone
+        said = str(error).split("\n")[0].removeprefix("Not implemented Error: ")
+        steps = ", ".join(dict.fromkeys(reason.step for reason in stage.reasons))
+        raise DataRefused(f"{steps}: {said} Refuse such a row by a Check in a step before") from None
 
 
 def _timely(times: pa.ChunkedArray) -> bool:

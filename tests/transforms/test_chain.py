@@ -17,7 +17,7 @@ from pipelines.transforms.chain import BOOKKEEPING, Chain, Outcome, PythonStage,
 from pipelines.transforms.conform import OFFSET, RAW, SOURCE
 from pipelines.transforms.conservation import Conservation, merge, tally
 from pipelines.transforms.deadletters import DEAD_LETTERS, PURPOSE, payloads
-from pipelines.transforms.errors import UserError
+from pipelines.transforms.errors import DataRefused, UserError
 from pipelines.transforms.protect import Cipher, Key, Pseudonym
 from pipelines.transforms.steps import Apply, Check, Derive, Drop, Explode, Filter, Protect, Step
 
@@ -289,3 +289,14 @@ def test_a_function_that_raises_raises() -> None:
 
     with pytest.raises(RuntimeError, match="mine"):
         chain(Apply(function, adds={"m": int})).run(table([{}]), {})
+
+
+def test_what_no_try_catches_is_told_and_a_check_before_mends_it() -> None:
+    made, rows = Derive(local="at at time zone text"), [{"text": "Europe/Paris"}, {"text": "Mars"}]
+    with pytest.raises(
+        DataRefused, match=r"^source, step 1 \(Derive\): Unknown TimeZone 'Mars'! Refuse such a row by a Check"
+    ):
+        chain(made).run(table(rows), {})
+    outcome = chain(Check(zone="text like 'Europe/%'"), made).run(table(rows), {})
+    assert outcome.rows["local"].to_pylist() == [datetime.datetime(2026, 6, 1, 14)]
+    assert outcome.dead["reason"].to_pylist() == ["zone"]
