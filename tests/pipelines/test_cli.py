@@ -236,10 +236,11 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_2(call: Call, arguments: list[
 def test_the_tests_beside_a_definition_run(call: Call) -> None:
     done = call("test", "defs.py")
     assert done.code == 2
-    passed, failed = done.out.splitlines()
+    passed, failed, *sides = done.out.splitlines()
     assert passed == "defs.py: a reading counts: ok"
     assert failed.startswith("defs.py: a miracle: FAILED defs.py:")
     assert 'assert readings().name == "miracle": AssertionError' in failed
+    assert sides == ["    found    'readings'", "    expected 'miracle'"]
     assert done.err == "pipelines: 1 failed\n"
 
 
