@@ -112,9 +112,7 @@ class Dimension:
                 )
         for of in self.schema.fields:
             if of.name == valid_from and of.type != UTC_MICROS:
-                raise DefinitionError(
-                    f"Dimension {name!r}: valid_from={valid_from!r} is {of.type}; a datetime, please"
-                )
+                raise DefinitionError(f"Dimension {name!r}: valid_from={valid_from!r} is {of.type}; a datetime, please")
 
     @property
     def schema(self) -> RowSchema:

@@ -127,8 +127,8 @@ WINDOWS = [
         Session("20m"),
         "SELECT *, min(t) OVER s AS window_start, max(t) OVER s + INTERVAL 20 MINUTE AS window_end FROM ("
         "SELECT *, sum(opens) OVER (PARTITION BY {keys} ORDER BY t) AS session FROM ("
-        "SELECT *, coalesce(t - lag(t) OVER (PARTITION BY {keys} ORDER BY t) >= INTERVAL 20 MINUTE, true)::INT AS opens "
-        "FROM {})) WINDOW s AS (PARTITION BY {keys}, session)",
+        "SELECT *, coalesce(t - lag(t) OVER (PARTITION BY {keys} ORDER BY t) >= INTERVAL 20 MINUTE, true)::INT "
+        "AS opens FROM {})) WINDOW s AS (PARTITION BY {keys}, session)",
     ),
 ]
 

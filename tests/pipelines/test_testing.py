@@ -237,7 +237,7 @@ def test_a_view_that_hangs_on_the_cut_is_named() -> None:
 
 
 def test_an_apply_that_drops_rows_is_refused() -> None:
-    with pytest.raises(UserError, match=r"step 1 \(Apply\): its function returned 1 rows for 2; give a pyarrow.Table of"):
+    with pytest.raises(UserError, match=r"step 1 \(Apply\): its function returned 1 rows for 2; give a pyarrow.Table"):
         run(apply(lambda rows: rows.slice(1).append_column("made", rows["id"].slice(1))), [event(), event()])
 
 
