@@ -153,7 +153,7 @@ class Tumbling(Window):
     @property
     def longest(self) -> int:
         duration = Duration.parse(self.every)
-        return duration.months * 31 * _DAY + duration.micros + _DAY
+        return duration.months * 31 * _DAY + duration.micros + (_DAY if self._calendar else 0)
 
     def windows_sql(self, tiles: str) -> str:
         duration = Duration.parse(self.every)
