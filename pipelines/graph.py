@@ -177,6 +177,7 @@ def _dedupe(run: Prepared, folder: Path | None, cipher: Cipher | None) -> Dedupe
         pipeline=run.pipeline.name,
         format=_format(run.history),
         spill=None if folder is None else Spill(folder, identity, parts),
+        buckets=parts,
         cipher=cipher,
     )
 
