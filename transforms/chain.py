@@ -7,7 +7,9 @@ every expression, and the rows that failed are refused.
 
 import dataclasses
 import datetime
+import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import duckdb
 import numpy as np
@@ -142,7 +144,7 @@ class Chain:
             if kept is None and isinstance(stage, SqlStage) and stage.part != "source":
                 kept = len(rows)
             if isinstance(stage, PythonStage):
-                rows = _call(stage, rows)
+                rows = _call(stage, rows, shown=cipher is None)
                 continue
             if stage.alias and _timely(rows[stage.alias]):
                 rows = _aliased(rows, stage.alias)
@@ -231,19 +233,27 @@ def _misses(stage: SqlStage, rows: pa.Table) -> list[pa.Table]:
     return [conservation.tally(f"dimension:{miss.dimension}", "unmatched", n, miss.reason) for miss, n in counts]
 
 
-def _call(stage: PythonStage, rows: pa.Table) -> pa.Table:
-    answer = stage.function(rows.drop_columns(ROW))
+def _call(stage: PythonStage, rows: pa.Table, *, shown: bool) -> pa.Table:
+    """shown: whether errors may show values: not those of a source with personal columns."""
+    try:
+        answer = stage.function(rows.drop_columns(ROW))
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[1:2]
+        where = "".join(f" at {Path(at.filename).name}:{at.lineno}" for at in frame)
+        said = f": {' '.join(str(error).split())}" if shown else ""
+        raise UserError(f"{stage.label}: its function failed{where}: {type(error).__name__}{said}") from error
     if not isinstance(answer, pa.Table) or len(answer) != len(rows):
         what = f"{len(answer)} rows for {len(rows)}" if isinstance(answer, pa.Table) else f"a {type(answer).__name__}"
         raise UserError(f"{stage.label}: its function returned {what}; give a pyarrow.Table of the same rows")
-    columns = [_column(stage, answer, field) for field in stage.schema]
+    columns = [_column(stage, answer, field, shown=shown) for field in stage.schema]
     return pa.table([*columns, rows[ROW]], [*stage.schema.names, ROW])
 
 
-def _column(stage: PythonStage, answer: pa.Table, field: pa.Field) -> pa.ChunkedArray:
+def _column(stage: PythonStage, answer: pa.Table, field: pa.Field, *, shown: bool) -> pa.ChunkedArray:
     if field.name not in answer.column_names:
         raise UserError(f"{stage.label}: its function returned no column {field.name!r}, only {answer.column_names}")
     try:
         return answer[field.name].cast(field.type)
     except pa.ArrowException as error:
-        raise UserError(f"{stage.label}: its column {field.name} is not {field.type}: {error}") from None
+        said = f": {error}" if shown else f" but {answer[field.name].type}"
+        raise UserError(f"{stage.label}: its column {field.name} is not {field.type}{said}") from None

@@ -4,7 +4,10 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Annotated, Any
 
+import pyarrow as pa
+
 from pipelines import (
+    Apply,
     Check,
     Column,
     Count,
@@ -196,6 +199,15 @@ def subscribed() -> Pipeline:
 def pseudonyms() -> Pipeline:
     """Nothing personal is declared, and yet a key is needed."""
     return Pipeline("pseudonyms", source=Source(Reading, event_time="at"), steps=(Protect(sensor=Pseudonym()),))
+
+
+def _broken(rows: pa.Table) -> pa.Table:
+    raise KeyError(rows["sensor"][0].as_py())
+
+
+def broken() -> Pipeline:
+    """A function that raises."""
+    return Pipeline("broken", source=Source(Reading, event_time="at"), steps=(Apply(_broken, adds={"score": float}),))
 
 
 def orders() -> Pipeline:

@@ -1,5 +1,6 @@
 """The user's mistakes, by the command line: one line that says what, where and the fix; exit 2; nothing is written."""
 
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -111,3 +112,10 @@ def test_a_key_that_is_missing_is_told_before_anything_is_read(place: "Place", p
     assert done.code == 2
     assert done.refusal.startswith("personal columns need a key, and neither PIPELINES_KEY nor PIPELINES_KEY_FILE is ")
     assert not list(place.folder.glob("data/*/*"))
+
+
+def test_a_function_that_raises_is_told_in_one_line(place: "Place") -> None:
+    place.write("rows.csv", HEADER + GOOD)
+    done = place.run("broken", "rows.csv")
+    assert done.code == 2
+    assert re.fullmatch(r"step 1 \(Apply\): its function failed at dirty.py:\d+: KeyError: 'a'", done.refusal)
