@@ -25,6 +25,7 @@ from pipelines.options import Deployment
 from pipelines.sql import Plan
 from pipelines.transforms import progress, tables
 from pipelines.transforms.aggregate import Aggregate
+from pipelines.transforms.chain import SqlStage
 from pipelines.transforms.clean import Between, Clean
 from pipelines.transforms.deadletters import DEAD_LETTERS, PURPOSE, unheld
 from pipelines.transforms.decode import Decode
@@ -114,7 +115,10 @@ def _output(name: str, uri: str, schema: pa.Schema, replace: Replace) -> Output:
 
 
 def _token(plan: Plan, history: files.Plan, dimensions: dict[str, files.Plan], *bounds: int | None) -> str:
-    said = repr((plan.chain, [(v.partial, v.result) for v in plan.views], history.splits, dimensions, bounds))
+    chains = (plan.chain, *(view.chain for view in plan.views if view.chain is not None))
+    stages = [stage for chain in chains for stage in chain.stages]
+    steps = [stage.sql if isinstance(stage, SqlStage) else stage.label for stage in stages]
+    said = repr((steps, [(view.partial, view.result) for view in plan.views], history.splits, dimensions, bounds))
     return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
 
 
