@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
-hypothesis.settings.register_profile("unit", max_examples=40, deadline=None)
+hypothesis.settings.register_profile("unit", max_examples=20, deadline=None)
 hypothesis.settings.load_profile("unit")
 
 BUDGET_SECONDS = 60.0

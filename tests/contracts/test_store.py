@@ -285,7 +285,7 @@ def _bits(rows: pa.Table) -> bytes:
     return bytes(pa.RecordBatch.from_pylist(rows.to_pylist(), rows.schema).serialize())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_every_type_comes_back_exactly(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     chosen = data.draw(st.lists(st.sampled_from(sorted(_VALUES)), min_size=1, max_size=5, unique=True))
@@ -353,7 +353,7 @@ def rows_of(model: dict[Any, tuple[int, int | None]]) -> set[tuple[Any, ...]]:
     return content(table(*[(*key, n) for key, (_, n) in model.items() if n is not None]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(steps=st.lists(_STEP, max_size=12), within=_RANGE, asked=_ROWS)
 def test_any_sequence_equals_the_model(
     steps: list[Any], within: Range, asked: dict[Any, int], tmp_path_factory: pytest.TempPathFactory

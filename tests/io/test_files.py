@@ -215,7 +215,7 @@ CELLS = st.text(st.sampled_from('ab,"\n\r é'), max_size=6)
     st.integers(1, 64),
     st.sampled_from(["\n", "\r\n"]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_quoted_csv_is_cut_between_records_wherever_splits_and_blocks_end(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], step: int, chunk: int, end: str
 ) -> None:
@@ -247,7 +247,7 @@ def test_quoted_csv_is_cut_between_records_wherever_splits_and_blocks_end(
 
 
 @given(st.text(st.sampled_from('a,"\n\r'), max_size=60), st.integers(1, 30), st.integers(1, 30))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_any_text_is_cut_into_the_same_records_and_every_record_is_kept_or_refused(
     tmp_path_factory: pytest.TempPathFactory, body: str, step: int, chunk: int
 ) -> None:

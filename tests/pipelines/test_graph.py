@@ -17,6 +17,8 @@ from pipelines.io.table import open_table
 from pipelines.options import Deployment
 from pipelines.transforms.errors import DataRefused
 
+pytestmark = pytest.mark.slow
+
 NOON = datetime.datetime(2024, 5, 1, 12, tzinfo=datetime.UTC)
 SMALL = ("read", "once", "commit")
 """Parts whose values may be pickled, as they are few and no rows: the splits to read, the one commit (and the

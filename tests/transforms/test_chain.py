@@ -112,7 +112,7 @@ OPERATIONS: list[tuple[Step, Change]] = [
 GIVEN = st.fixed_dictionaries({"id": st.integers(0, 5), "text": st.sampled_from(["1", "2", "3", "x", None])})
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.lists(st.sampled_from(range(len(OPERATIONS))), max_size=5, unique=True),
     st.lists(GIVEN, min_size=1, max_size=15),

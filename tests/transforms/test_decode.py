@@ -312,7 +312,7 @@ FIELDS = st.sampled_from(
 
 
 @given(st.lists(st.lists(FIELDS, min_size=4, max_size=6).map(",".join), min_size=1, max_size=12))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_a_csv_line_means_the_same_whatever_its_batch(lines: list[str]) -> None:
     schema, form = RowSchema.of(Mixed), Csv(("n", "f", "at", "d", "s"), null=("NA",))
     payloads = [line.encode() for line in lines]
@@ -340,7 +340,7 @@ VALUES = st.sampled_from(
 
 
 @given(st.lists(st.tuples(VALUES, VALUES, VALUES), min_size=1, max_size=10))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_a_json_object_means_the_same_whatever_its_batch(rows: list[tuple[str, str, str]]) -> None:
     schema = RowSchema.of(Mixed)
     payloads = [f'{{"n": {n}, "f": {f}, "d": {d}, "s": "s"}}'.encode() for n, f, d in rows]

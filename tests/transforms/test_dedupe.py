@@ -47,6 +47,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
             yield found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 7])
 def test_both_ways_agree_with_one_row_after_the_other(folder: Path | None, n: int) -> None:
     chance = random.Random(n)

@@ -127,7 +127,7 @@ ROWS = pa.table(
 TYPES = {"id": "BIGINT", "x": "DOUBLE", "price": "DECIMAL(10,2)"}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(NUMBERS)
 def test_columns_and_type_are_what_duckdb_says_and_rows_stand_alone(sql: str) -> None:
     found = check(sql, TYPES, "here")

@@ -64,7 +64,7 @@ def positions(table: pa.Table) -> list[tuple[str, int]]:
     return sorted(zip(table["_source"].to_pylist(), table["_offset"].to_pylist(), strict=True))
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(st.lists(row, max_size=12), st.randoms(use_true_random=False), st.data())
 def test_any_order_and_cut_agrees_with_one_row_after_the_other(
     rows: list[dict[str, Any]], shuffler: random.Random, data: st.DataObject

@@ -18,7 +18,7 @@ from pipelines.transforms.windows import Duration, Session, Sliding, Tumbling, W
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 DAY = 86_400_000_000
 YEAR_ONE, YEAR_10000 = -719_162 * DAY, 2_932_897 * DAY
-FAST = settings(max_examples=30, deadline=None)
+FAST = settings(max_examples=15, deadline=None)
 
 anytime = st.integers(YEAR_ONE, YEAR_10000 - 1)
 modern = st.integers(0, 67 * 365 * DAY)
