@@ -49,4 +49,5 @@ types:
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt uv
 	@echo "installing into .venv, about a minute the first time"
 	@$(BIN)/uv pip install -q --python $(BIN)/python --compile-bytecode -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m compileall -q pipelines transforms io runners
 	@touch $@
