@@ -122,7 +122,7 @@ def _view(pipeline: "Pipeline", view: "View", scope: Scope) -> tuple[ViewPlan, L
 class _Measured:
     """A measure over states or, where ``derived``, an expression over the answers before it (``columns``).
 
-    value: what it aggregates, if anything; that may fail in a row."""
+    value: what it aggregates, if anything; that may fail in a row. reads: the columns of the row that it is of."""
 
     name: str
     sql: str
@@ -132,6 +132,7 @@ class _Measured:
     derived: bool = False
     sources: frozenset[str] = frozenset()
     columns: frozenset[str] = frozenset()
+    reads: frozenset[str] = frozenset()
     value: str = ""
 
 
@@ -148,18 +149,20 @@ def _measure(name: str, measure: Measure | str, to: Builder, answers: dict[str, 
     problem = measure.check(kind)
     if problem:
         raise DefinitionError(f"{to.where}: {problem}" if value is None else underlined(value.sql, to.where, problem))
-    checked: dict[str, Any] = {name: found.sql for name, found in zip(texts, (value, where), strict=True) if found}
+    checked: dict[str, Any] = {name: of.sql for name, of in zip(texts, (value, where), strict=True) if of}
     measure = dataclasses.replace(measure, **checked)
     states = measure.states(kind)
-    sources = to.scope.sources(*(read for read in (value, where) if read))
+    found = [read for read in (value, where) if read]
+    sources, reads = to.scope.sources(*found), frozenset[str]().union(*(read.columns for read in found))
     what = value.sql if value else "true"
     what = f"CASE WHEN ({where.sql}) THEN ({what}) END" if where else what
     made = measure.result(kind), measure.type(kind), states, measure.exact(kind)
-    return _Measured(name, *made, sources=sources, value=what if sources else "")
+    return _Measured(name, *made, sources=sources, reads=reads, value=what if sources else "")
 
 
 def _plan(view: "View", chain: Chain | None, scope: Scope, measures: list[_Measured], guard: Chain) -> ViewPlan:
     keys = [quote(name) for name in view.by]
+    read = frozenset[str]().union(*(measure.reads for measure in measures))
     states = tuple(dict.fromkeys(state for measure in measures for state in measure.states))
     columns = {name: kind for state in states for name, kind in state.columns().items()}
     place = ["_start", "_last"] if isinstance(view.window, Session) else ["_tile"]
@@ -189,6 +192,7 @@ def _plan(view: "View", chain: Chain | None, scope: Scope, measures: list[_Measu
         partial_schema=schema,
         schema=query.run(result, {"batch": answers.empty_table()}).schema,
         measures=tuple(measure.name for measure in measures),
+        coded=tuple(name for name in view.by if scope.types[name] == "VARCHAR" and not read & {name}),
     )
 
 

@@ -27,8 +27,9 @@ from pipelines.transforms.windows import Window
 class ViewPlan:
     """A compiled view. partial: rows (``batch``, with event_time) to states by key and tile. merge: states to states.
     windowed: merged states to states by window. result: those to answers: keys, window_start, window_end
-    (timestamp[us, UTC]), measures, ``_rows``, states. chain: the view's own steps. digest: answers to the columns that
-    a digest is of. guard: refuses the rows in which a measure's expression fails; run when ``partial`` did.
+    (timestamp[us, UTC]), measures, ``_rows``, states. coded: keys of text that only group, so a code may stand
+    for each. chain: the view's own steps. digest: answers to the columns that a digest is of. guard: refuses the rows
+    in which a measure's expression fails; run when ``partial`` did.
     """
 
     name: str
@@ -45,6 +46,7 @@ class ViewPlan:
     partial_schema: pa.Schema
     schema: pa.Schema
     measures: tuple[str, ...]
+    coded: tuple[str, ...] = ()
 
     @property
     def columns(self) -> list[str]:
@@ -55,7 +57,12 @@ class ViewPlan:
         """The states of these rows (partial_schema)."""
         if not len(rows):
             return self.partial_schema.empty_table()
-        return collapse(query.run(self.partial, {"batch": rows}), self.states)
+        coded, texts = _coded(rows, self.coded)
+        states = query.run(self.partial, {"batch": coded})
+        for name, values in texts.items():
+            column = values.take(states[name].combine_chunks())
+            states = states.set_column(states.schema.get_field_index(name), name, column)
+        return collapse(states, self.states)
 
     def tried(self, rows: pa.Table, cipher: Cipher | None = None) -> tuple[pa.Table, Outcome | None]:
         """The states of these rows; and what was refused of them, if in some the expression of a measure fails."""
@@ -109,3 +116,21 @@ class ViewPlan:
         """
         exact = query.run(self.digest, {"batch": answers})
         return int(hashes(exact, exact.column_names).sum(dtype=np.uint64))
+
+
+SAMPLE, FEW = 1 << 15, 8
+"""Texts are coded where so many rows hold at most an eighth as many of them."""
+
+
+def _coded(rows: pa.Table, names: Iterable[str]) -> tuple[pa.Table, dict[str, pa.Array]]:
+    """The rows with these columns of text as int32 codes, and the text of each code: grouping by a code costs half."""
+    texts = {}
+    for name in names:
+        sample = rows[name].slice(0, SAMPLE)
+        if len(sample.unique()) * FEW > len(sample):
+            continue
+        chunks = rows[name].dictionary_encode().unify_dictionaries().chunks
+        texts[name] = chunks[0].dictionary
+        codes = pa.chunked_array([chunk.indices for chunk in chunks])
+        rows = rows.set_column(rows.schema.get_field_index(name), name, codes)
+    return rows, texts
