@@ -152,8 +152,8 @@ def _measure(name: str, measure: Measure | str, to: Builder, answers: dict[str, 
     checked: dict[str, Any] = {name: of.sql for name, of in zip(texts, (value, where), strict=True) if of}
     measure = dataclasses.replace(measure, **checked)
     states = measure.states(kind)
-    found = [read for read in (value, where) if read]
-    sources, reads = to.scope.sources(*found), frozenset[str]().union(*(read.columns for read in found))
+    given = [expression for expression in (value, where) if expression]
+    sources, reads = to.scope.sources(*given), frozenset[str]().union(*(read.columns for read in given))
     what = value.sql if value else "true"
     what = f"CASE WHEN ({where.sql}) THEN ({what}) END" if where else what
     made = measure.result(kind), measure.type(kind), states, measure.exact(kind)
