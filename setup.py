@@ -61,6 +61,6 @@ setup(
         "tzdata",  # time zones on machines that have none
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["pipelines = pipelines.cli:main"]},
+    entry_points={"console_scripts": ["pipelines = pipelines.cli:process"]},
     classifiers=["Programming Language :: Python :: 3.11", "Programming Language :: Python :: 3.12"],
 )

@@ -11,6 +11,7 @@ import difflib
 import inspect
 import json
 import logging
+import os
 import pkgutil
 import sys
 import textwrap
@@ -320,6 +321,17 @@ def main(command: str | None = None) -> NoReturn:
         _fail(name, str(error), 2)
     except DataRefused as error:
         _fail(name, str(error), 3)
+
+
+def process(command: str | None = None) -> NoReturn:
+    """``main`` as a process of its own: once all is written it ends at once, without taking the interpreter apart, which
+    costs 0.3 CPU-s after Beam was imported. Everything that must be closed or removed is so before ``main`` ends."""
+    try:
+        main(command)
+    except SystemExit as end:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
 
 
 def _fail(name: str, message: str, code: int) -> NoReturn:

@@ -142,6 +142,6 @@ def _write(uri: str, text: str) -> None:
 
 
 if __name__ == "__main__":
-    from pipelines.cli import main
+    from pipelines.cli import process
 
-    main(command="run")
+    process(command="run")
