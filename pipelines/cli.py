@@ -324,8 +324,8 @@ def main(command: str | None = None) -> NoReturn:
 
 
 def process(command: str | None = None) -> NoReturn:
-    """``main`` as a process of its own: once all is written it ends at once, without taking the interpreter apart, which
-    costs 0.3 CPU-s after Beam was imported. Everything that must be closed or removed is so before ``main`` ends."""
+    """``main`` as a process of its own: once all is written it ends at once, without taking the interpreter apart. That
+    costs 0.3 CPU-s once Beam was imported. Whatever must be closed or removed is so before ``main`` ends."""
     try:
         main(command)
     except SystemExit as end:
