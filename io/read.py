@@ -20,6 +20,17 @@ class ReadFiles(beam.PTransform):  # type: ignore[misc]
     distributed: share the splits among workers by a Reshuffle (of the splits, never of rows); on one process that would
     only cost. shown: these are the rows that the run's progress counts. Every row is read exactly once per attempt of a
     bundle; position and source name it across attempts.
+
+    >>> import pathlib, tempfile
+    >>> from pipelines.io.files import plan
+    >>> from pipelines.transforms.schema import RowSchema
+    >>> class Row:
+    ...     n: int
+    >>> with tempfile.TemporaryDirectory() as folder, beam.Pipeline("FnApiRunner") as pipeline:
+    ...     _ = pathlib.Path(folder, "a.csv").write_text("n\\n1\\n2\\n")
+    ...     read = pipeline | ReadFiles(plan(f"{folder}/a.csv", RowSchema.of(Row)))
+    ...     _ = read.rows | beam.Map(lambda table: print(table["_offset"].to_pylist()))
+    [2, 4]
     """
 
     plan: Plan

@@ -129,6 +129,20 @@ class Aggregate(beam.PTransform):  # type: ignore[misc]
     Outputs: ``main`` (the plan's schema), ``answered`` (ANSWERS), ``dead`` (DEAD_LETTERS), ``tallies`` (TALLY).
     dimensions: name to a PCollection of one table, for the view's own look-ups. shelf: where large states wait on disk
     instead of in memory, in one process.
+
+    >>> import datetime
+    >>> from pipelines import Count, Pipeline, Source, View
+    >>> class Sale:
+    ...     time: datetime.datetime
+    ...     shop: str
+    >>> shops = View("shops", by="shop", sales=Count())
+    >>> plan = Pipeline("sales", source=Source(Sale, event_time="time"), views=(shops,)).plan()
+    >>> noon = pa.array([datetime.datetime(2024, 5, 1, 12, tzinfo=datetime.UTC)] * 3, pa.timestamp("us", "UTC"))
+    >>> rows = pa.table({"shop": ["a", "b", "a"], "event_time": noon})
+    >>> with beam.Pipeline("FnApiRunner") as pipeline:
+    ...     answers = pipeline | beam.Create([rows]) | Aggregate(plan.views[0], buckets=1)
+    ...     _ = answers["main"] | beam.Map(lambda table: print(table.sort_by("shop")["sales"].to_pylist()))
+    [2, 1]
     """
 
     plan: ViewPlan

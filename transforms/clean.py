@@ -45,6 +45,20 @@ class Clean(beam.PTransform):  # type: ignore[misc]
     ``dead`` (DEAD_LETTERS), ``tallies`` (TALLY), ``spans`` (SPAN).
 
     dimensions: name to a PCollection of one table. cipher: for the payloads of dead letters.
+
+    >>> import datetime
+    >>> from pipelines import Filter, Pipeline, Source
+    >>> class Sale:
+    ...     time: datetime.datetime
+    ...     cents: int
+    >>> plan = Pipeline("sales", source=Source(Sale, event_time="time"), steps=(Filter("cents > 0"),)).plan()
+    >>> noon = pa.array([datetime.datetime(2024, 5, 1, 12, tzinfo=datetime.UTC)] * 2, pa.timestamp("us", "UTC"))
+    >>> source = pa.array(["a.csv"] * 2).dictionary_encode()
+    >>> rows = pa.table({"time": noon, "cents": [5, 0], "_source": source, "_offset": [0, 9]})
+    >>> with beam.Pipeline("FnApiRunner") as pipeline:
+    ...     clean = pipeline | beam.Create([rows]) | Clean(plan.chain, Between(plan.event_time))
+    ...     _ = clean.rows | beam.Map(lambda table: print(table["cents"].to_pylist()))
+    [5]
     """
 
     chain: Chain
