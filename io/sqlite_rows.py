@@ -13,6 +13,7 @@ import pyarrow as pa
 from pipelines.io import cells
 from pipelines.io.store import Range, StoreConflict
 from pipelines.transforms.errors import UserError
+from pipelines.transforms.expressions import quote
 
 SLICE = 16_384
 """Rows that are Python objects at a time."""
@@ -146,11 +147,6 @@ class Layout:
         found = cells.encode(cells.canonical(whole))
         null: Any = "" if _is_binary(whole.type) else b""
         return [null if cell is None else cell for cell in found] if whole.null_count else found
-
-
-def quote(name: str) -> str:
-    """A name in SQL."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 def _list(names: Iterable[str]) -> str:

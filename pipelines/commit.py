@@ -109,7 +109,7 @@ class Commit(beam.DoFn):  # type: ignore[misc]
         found = {
             output.name: _Answered(0, 0, self.stop)
             for output in self.outputs
-            if output.name in self.generations or output.name not in ("events", "dead letters")
+            if output.name not in ("events", "dead letters")
         }
         for row in pa.concat_tables([ANSWERS.empty_table(), *answered]).to_pylist():
             before = found[row["view"]]

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines.transforms import query
+from pipelines.transforms.expressions import literal, quote
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -57,7 +58,7 @@ def deduplicate(table: pa.Table, identity: tuple[str, ...], columns: tuple[str, 
 
 def identity_hashes(table: pa.Table, identity: tuple[str, ...]) -> Hashes:
     """64 bits of every row's identity, equal for equal identities. Good within one run: DuckDB's hash may change."""
-    keys = ", ".join(_quoted(name) for name in identity)
+    keys = ", ".join(quote(name) for name in identity)
     found = query.run(f"SELECT hash({keys}) AS hash FROM batch", {"batch": table.select(list(identity))})
     return found["hash"].to_numpy()  # type: ignore[no-any-return]
 
@@ -77,10 +78,10 @@ def _repeated(hashes: Hashes) -> npt.NDArray[np.int64]:
 def _later(suspects: pa.Table, identity: tuple[str, ...], columns: tuple[str, ...]) -> pa.Table:
     """_row: int64, the place of each row that is not the first of its identity, ascending. differs: string, null where
     it says what the first says."""
-    keys = ", ".join(_quoted(name) for name in identity)
+    keys = ", ".join(quote(name) for name in identity)
     content = [name for name in columns if name not in identity]
     names = ", ".join(
-        f"CASE WHEN later.{_quoted(name)} IS DISTINCT FROM first.{_quoted(name)} THEN {_text(name)} END"
+        f"CASE WHEN later.{quote(name)} IS DISTINCT FROM first.{quote(name)} THEN {literal(name)} END"
         for name in content
     )
     differs = f"nullif(concat_ws(', ', {names}), '')" if content else "NULL::VARCHAR"
@@ -100,11 +101,3 @@ def _later(suspects: pa.Table, identity: tuple[str, ...], columns: tuple[str, ..
         """,
         {"suspects": numbered},
     )
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
-def _text(value: str) -> str:
-    return "'" + value.replace("'", "''") + "'"

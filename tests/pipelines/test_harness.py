@@ -14,8 +14,8 @@ from pipelines import Pipeline, load, testing
 from pipelines import run as runs
 from pipelines.io.table import open_table
 from pipelines.options import Deployment
+from pipelines.transforms import query
 from pipelines.transforms.expressions import quote
-from pipelines.transforms.query import Query
 
 pytestmark = pytest.mark.slow
 
@@ -93,7 +93,8 @@ def rounded(row: dict[str, Any]) -> dict[str, Any]:
 
 def ordered(table: pa.Table, pipeline: Pipeline, view: str) -> list[dict[str, Any]]:
     keys = next((declared.by for declared in pipeline.views if declared.name == view), ())
-    found: Rows = Query(f"FROM t ORDER BY {', '.join([*map(quote, keys), 'window_start'])}").run(t=table).to_pylist()
+    order = ", ".join([*map(quote, keys), "window_start"])
+    found: Rows = query.run(f"FROM t ORDER BY {order}", {"t": table}).to_pylist()
     return found
 
 
@@ -120,9 +121,9 @@ def test_the_harness_and_a_run_answer_alike(make: Any, tmp_path: Path, monkeypat
         wanted = ordered(expected.views[view], pipeline, view)
         assert [rounded(row) for row in found] == [rounded(row) for row in wanted]
     events = open_table(f"{deployment.warehouse}/{pipeline.name}/events").dataset().to_table()
-    everything = Query("FROM t ORDER BY ALL")
-    names = expected.rows.column_names
-    assert everything.run(t=events.select(names)).to_pylist() == everything.run(t=expected.rows).to_pylist()
+    everything, names = "FROM t ORDER BY ALL", expected.rows.column_names
+    found_rows, wanted_rows = (query.run(everything, {"t": rows}) for rows in (events.select(names), expected.rows))
+    assert found_rows.to_pylist() == wanted_rows.to_pylist()
     dead = open_table(f"{deployment.dead_letters}/{pipeline.name}").dataset().to_table()
     assert sorted(zip(*(dead[name].to_pylist() for name in ("step", "reason")), strict=True)) == sorted(
         zip(*(expected.rejected[name].to_pylist() for name in ("step", "reason")), strict=True)
