@@ -56,6 +56,24 @@ class _Instant(click.ParamType[datetime.datetime]):
         return options.instant(value) if isinstance(value, str) else value
 
 
+class _Length(click.ParamType[int]):
+    """A duration, in µs."""
+
+    name = "DURATION"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from pipelines.transforms.windows import Duration
+
+        return Duration.fixed(value, param.opts[0] if param else "") if isinstance(value, str) else value
+
+
+class _Until(_Instant):
+    name = "end|TIME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "end" else super().convert(value, param, ctx)
+
+
 def _option(*names: str, **settings: Any) -> Callable[[Any], Any]:
     """An option whose environment variable is named as the flag is, whatever the parameter's name in Python."""
     return click.option(*names, envvar="PIPELINES_" + names[0][2:].upper(), **settings)
@@ -92,6 +110,13 @@ def cli() -> None:
 )
 @_option("--from", "from_", type=_Instant(), help="Recompute from this event time on; UTC unless it has an offset.")
 @_option("--to", type=_Instant(), help="Recompute up to this event time, exclusive.")
+@_option("--live", metavar="URI", help="The log to follow: data/log/<pipeline>.db by default.")
+@_option("--lake", metavar="URI", help="Where what was live is archived; batch reads it in place of a history.")
+@_option("--state", default=options.Deployment.state, show_default=True, metavar="URI", help="Turns of micro-batch.")
+@_option("--trigger", type=_Length(), default="1s", show_default=True, help="How often a live run gives results.")
+@_option("--until", type=_Until(), help="End a live run: at the end of the log, or at an event time.")
+@_option("--since", type=click.Choice(["last"]), help="Batch: only the windows of what the lake has new since then.")
+@_option("--ahead", type=_Length(), default="1h", show_default=True, help="How far an event time may be in the future.")
 @_SET
 @_option("--max_rejected", type=float, metavar="SHARE", help="Refuse the data past this share of rejected rows.")
 @_option("--buckets", type=int, metavar="N", help="Parts of a view's merge; by default what suits the runner.")
@@ -226,7 +251,9 @@ def _deployment(name: str, declared: Any, places: dict[str, Any]) -> options.Dep
         if lacking := [dimension for dimension in missing if dimension not in embedded]:
             raise UserError(f"{declared.name} looks up {lacking[0]}: say where it is with --dimension {lacking[0]}=URI")
         given.update({dimension: embedded[dimension] for dimension in missing})
-    if not places["history"]:
+    if places["mode"] != "batch":
+        places["live"] = places["live"] or f"data/log/{declared.name}.db"
+    elif not places["history"] and not places["lake"]:
         if "HISTORY" not in module:
             raise UserError(f"{declared.name}: say what to read with --history=URI (a path, a glob, s3:// or gs://)")
         places["history"] = module["HISTORY"]()

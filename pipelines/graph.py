@@ -76,7 +76,7 @@ def prepare(pipeline: Pipeline, deployment: Deployment) -> Prepared:
     ranged = start is not None or stop is not None
     used = tuple(f for f in source.schema.fields if f.name in plan.columns or source.extra != "ignore")
     schema = dataclasses.replace(source.schema, fields=used)  # an unused column would be one that we do not know
-    history = files.plan(deployment.history, schema, extra=source.extra, invalid=source.invalid)
+    history = files.plan(deployment.history or "", schema, extra=source.extra, invalid=source.invalid)
     _format(history)
     dimensions = {
         d.name: files.plan(deployment.dimensions[d.name], d.schema, invalid="stop") for d in pipeline.dimensions

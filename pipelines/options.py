@@ -9,10 +9,11 @@ import datetime
 import os
 import re
 from collections.abc import Mapping
+from typing import Literal
 
 from pipelines.transforms.errors import UserError
 
-MODES = ("batch",)
+MODES = ("batch", "stream", "micro-batch")
 
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 _PASSWORD = re.compile(r"(\w://[^\s:/@]*:)[^\s/]+@")
@@ -28,9 +29,15 @@ class Deployment:
     store: the low-latency store, None when switched off. dead_letters: the table of refused rows. from_, to: the event
     times [from_, to) to recompute, aware, None = open. max_rejected: the share of read rows past which the run is
     refused. buckets: parts of a view's merge, None = the runner's default.
+
+    live: the log that a live run follows. lake: what is archived of it, which batch reads in place of a history.
+    state: where a micro-batch run commits its turns, ``<state>/<pipeline>``. trigger: µs between results. until: when a
+    live run ends: "end" once it has read what the log holds, or once its watermark is at an event time. since: "last"
+    recomputes only the windows that the lake has new rows of since the last run. ahead: µs that an event time may be
+    past the time at which the log took the event.
     """
 
-    history: str
+    history: str | None = None
     dimensions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     warehouse: str = "data/warehouse"
     store: str | None = "data/store.db"
@@ -39,6 +46,13 @@ class Deployment:
     to: datetime.datetime | None = None
     max_rejected: float | None = None
     buckets: int | None = None
+    live: str | None = None
+    lake: str | None = None
+    state: str = "data/live"
+    trigger: int = 1_000_000
+    until: Literal["end"] | datetime.datetime | None = None
+    since: Literal["last"] | None = None
+    ahead: int = 3_600_000_000
     report: str = "data/run.json"
     mode: str = "batch"
     runner: str = "DirectRunner"

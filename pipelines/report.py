@@ -92,7 +92,7 @@ class Report:
             "pipeline": self.pipeline.name,
             "mode": self.deployment.mode,
             "runner": self.deployment.runner,
-            "history": masked(self.deployment.history),
+            "history": masked(self.deployment.history or ""),
             "rows": facts["rows"],
             "rejected": facts["rejected"],
             "dropped": facts["dropped"],
@@ -107,7 +107,7 @@ class Report:
         """What ran, over what."""
         first, last = self.facts["first"], self.facts["last"]
         span = f", {moment(first)} … {moment(last)} UTC" if first and last else ""
-        return f"{title(self.pipeline, self.deployment)}\n  history    {place(self.deployment.history)}{span}"
+        return f"{title(self.pipeline, self.deployment)}\n  history    {place(self.deployment.history or '')}{span}"
 
     def counts(self) -> str:
         """The conservation law, what was rejected and why, look-ups without a match."""

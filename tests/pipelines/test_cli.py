@@ -151,7 +151,7 @@ def test_every_flag_is_a_field_of_the_deployment(call: Call, asked: list[Deploym
             instant("2024-01-31T23:00"),
             0.5,
             3,
-            "r.json",
+            report="r.json",
         )
     ]
 
@@ -208,7 +208,7 @@ def test_none_switches_the_store_off_and_variables_expand(
         ([*RUN, "--warehose=x"], "no option --warehose, neither here nor in Apache Beam. Nearest: --warehouse"),
         ([*RUN, "--ware=x"], "no option --ware"),
         ([*RUN, "flights"], "unexpected argument 'flights'"),
-        ([*RUN, "--mode=bath"], "'bath' is not 'batch'"),
+        ([*RUN, "--mode=bath"], "'bath' is not one of 'batch', 'stream'"),
         ([*RUN, "--runner=Direct"], "--runner=Direct: no such runner here; one of DirectRunner"),
         ([*RUN, "--from=then"], "'then' is not a time"),
         ([*RUN, "--from=2024-01-02", "--to=2024-01-01"], "not before"),
