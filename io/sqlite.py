@@ -5,48 +5,27 @@ columns, touches no other rows. Write-ahead log; a commit is on disk when it ret
 processes take turns (one waits up to a minute for another); readers never wait and see one snapshot.
 """
 
-import contextlib
 import json
 import os
 import sqlite3
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import pyarrow as pa
 
+from pipelines.io.sqlite_file import SqliteFile
 from pipelines.io.sqlite_rows import SLICE, Layout
-from pipelines.io.store import EVERYTHING, LIVE, Pointer, Range, StoreConflict
+from pipelines.io.store import LIVE, Pointer, StoreConflict
 from pipelines.transforms.errors import UserError
+from pipelines.transforms.ranges import EVERYTHING, Range, Ranges
 
-_FORMAT = 1  # user_version of the file
+_APPLICATION, _FORMAT = 0, 1  # application_id and user_version of the file
 
 _CATALOG = (
     "CREATE TABLE pointers (view TEXT PRIMARY KEY, boundary INTEGER, generation INTEGER, begun INTEGER NOT NULL)",
     "CREATE TABLE generations (view TEXT, generation INTEGER, keys TEXT NOT NULL, columns BLOB NOT NULL,"
     " PRIMARY KEY (view, generation))",
 )
-
-_SETTINGS = (
-    "synchronous = FULL",  # a commit survives a power cut
-    "secure_delete = OFF",  # dropping a generation writes no zeros
-    "cache_size = -32768",  # KiB
-    "journal_size_limit = 67108864",  # the log shrinks to this after a large commit
-)
-
-_FAULTS = {
-    "SQLITE_NOTADB": "not a SQLite database; name another file",
-    "SQLITE_CANTOPEN": "cannot be opened; check that its folder exists and may be written",
-    "SQLITE_READONLY": "cannot be written; check its permissions and that it was not moved",
-    "SQLITE_PERM": "cannot be opened; check its permissions",
-    "SQLITE_FULL": "no space left; free some and run again",
-    "SQLITE_IOERR": "cannot be read or written; check the disk's space and health",
-    "SQLITE_BUSY": "locked by another process for too long; let it finish and run again",
-    "SQLITE_CORRUPT": "damaged; remove it and run again to rebuild it",
-    "SQLITE_TOOBIG": "a value of 1 GB or more does not fit; leave it out of the view",
-}
 
 
 class SqliteStore:
@@ -65,8 +44,9 @@ class SqliteStore:
     def __init__(self, path: str | os.PathLike[str], *, timeout: float = 60.0) -> None:
         """timeout: seconds to wait for another writer."""
         self.path, self.timeout = os.fspath(path), timeout
-        self._local = threading.local()
-        self._connections: list[sqlite3.Connection] = []
+        self._file = SqliteFile(
+            self.path, "store", application=_APPLICATION, format=_FORMAT, prepare=_prepare, timeout=timeout
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.path, self.timeout)
@@ -79,26 +59,24 @@ class SqliteStore:
 
     def close(self) -> None:
         """Closes every thread's connection; the store opens new ones when it is used again."""
-        for connection in self._connections:
-            connection.close()
-        self._connections, self._local = [], threading.local()
+        self._file.close()
 
-    def begin(self, view: str, schema: pa.Schema, keys: Sequence[str], replace: Range = EVERYTHING) -> int:
-        with self._transaction("IMMEDIATE") as connection:
+    def begin(self, view: str, schema: pa.Schema, keys: Sequence[str], replace: Ranges = (EVERYTHING,)) -> int:
+        with self._file.transaction("IMMEDIATE") as connection:
             pointer = _pointer(connection, view)
             for dead in _generations(connection, view) - {LIVE, pointer.generation if pointer else LIVE}:
                 _drop(connection, view, dead)
             layout = Layout.of(view, _number(connection, view), keys, schema)
             _create(connection, layout)
-            if pointer and not replace.everything:
+            if pointer and EVERYTHING not in replace:
                 former = _layout(connection, view, pointer.generation)
-                former.refuse_other(layout, "run it whole, without --from and --to, to rebuild it")
+                former.refuse_other(layout, "run it whole, without --from, --to and --since, to rebuild it")
                 connection.execute(layout.carry_over(former, replace))
             return layout.generation
 
     def resume(self, view: str, schema: pa.Schema, keys: Sequence[str]) -> None:
         layout = Layout.of(view, LIVE, keys, schema)
-        with self._transaction("IMMEDIATE") as connection:
+        with self._file.transaction("IMMEDIATE") as connection:
             if LIVE in _generations(connection, view):
                 there = _layout(connection, view, LIVE)
                 there.refuse_other(layout, "drop its live rows and rebuild them from the log")
@@ -112,7 +90,7 @@ class SqliteStore:
         return self._write(view, keys, generation, version, deleted=True)
 
     def _write(self, view: str, rows: pa.Table, generation: int, version: int, deleted: bool) -> int:
-        with self._transaction("IMMEDIATE") as connection:
+        with self._file.transaction("IMMEDIATE") as connection:
             pointer = _pointer(connection, view)
             if pointer and pointer.generation == generation:
                 raise _overtaken(view, generation)
@@ -121,23 +99,23 @@ class SqliteStore:
             return connection.total_changes - before
 
     def get(self, view: str, keys: pa.Table, *, generation: int | None = None) -> pa.Table:
-        with self._transaction("DEFERRED") as connection:
+        with self._file.transaction("DEFERRED") as connection:
             layout = _layout(connection, view, _read_generation(connection, view, generation))
             query = layout.get()
             return layout.rows([[row for key in layout.wanted(keys) for row in connection.execute(query, key)]])
 
     def scan(self, view: str, within: Range = EVERYTHING, *, generation: int | None = None) -> pa.Table:
-        with self._transaction("DEFERRED") as connection:
+        with self._file.transaction("DEFERRED") as connection:
             layout = _layout(connection, view, _read_generation(connection, view, generation))
             found = connection.execute(layout.scan(within))
             return layout.rows(iter(lambda: found.fetchmany(SLICE), []))
 
     def pointer(self, view: str) -> Pointer | None:
-        with self._transaction("DEFERRED") as connection:
+        with self._file.transaction("DEFERRED") as connection:
             return _pointer(connection, view)
 
     def flip(self, pointers: Mapping[str, Pointer]) -> None:
-        with self._transaction("IMMEDIATE") as connection:
+        with self._file.transaction("IMMEDIATE") as connection:
             for view, pointer in pointers.items():
                 former = _pointer(connection, view)
                 if pointer.generation == LIVE or pointer.generation not in _generations(connection, view):
@@ -148,83 +126,20 @@ class SqliteStore:
                 connection.execute(moved, (pointer.boundary, pointer.generation, view))
 
     def drop(self, view: str, generation: int) -> None:
-        with self._transaction("IMMEDIATE") as connection:
+        with self._file.transaction("IMMEDIATE") as connection:
             pointer = _pointer(connection, view)
             if pointer and pointer.generation == generation:
                 raise ValueError(f"view {view}: generation {generation} is being read")
             _drop(connection, view, generation)
-
-    @contextlib.contextmanager
-    def _transaction(self, kind: str) -> Iterator[sqlite3.Connection]:
-        """All or nothing; what SQLite finds wrong with the place becomes one line for the user."""
-        try:
-            connection = self._connection()
-            connection.execute(f"BEGIN {kind}")
-            try:
-                yield connection
-                connection.execute("COMMIT")
-            finally:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-        except sqlite3.Error as error:
-            name = getattr(error, "sqlite_errorname", None) or ""
-            advice = next((text for prefix, text in _FAULTS.items() if name.startswith(prefix)), None)
-            if advice is None:
-                raise
-            raise UserError(f"store {self.path}: {advice}") from error
-
-    def _connection(self) -> sqlite3.Connection:
-        # After a fork the parent's connection must be neither used nor closed: it stays in the list.
-        if getattr(self._local, "process", None) != os.getpid():
-            self._local.connection, self._local.process = self._open(), os.getpid()
-            self._connections.append(self._local.connection)
-        return self._local.connection  # type: ignore[no-any-return]
-
-    def _open(self) -> sqlite3.Connection:
-        with contextlib.suppress(OSError):  # SQLite says why it cannot open the file
-            Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(self.path, timeout=self.timeout, isolation_level=None, check_same_thread=False)
-        try:
-            for setting in _SETTINGS:
-                connection.execute(f"PRAGMA {setting}")
-            _prepare(connection, self.path, self.timeout)
-        except BaseException:
-            connection.close()
-            raise
-        return connection
 
 
 def _reopen(path: str, timeout: float) -> SqliteStore:
     return SqliteStore(path, timeout=timeout)
 
 
-def _prepare(connection: sqlite3.Connection, path: str, timeout: float) -> None:
-    """Makes a new file a store, once, whoever comes first."""
-
-    def version() -> int:
-        return connection.execute("PRAGMA user_version").fetchone()[0]  # type: ignore[no-any-return]
-
-    if version() == 0:
-        _log_ahead(connection, time.monotonic() + timeout)
-        connection.execute("BEGIN IMMEDIATE")
-        if version() == 0:
-            for statement in (*_CATALOG, f"PRAGMA user_version = {_FORMAT}"):
-                connection.execute(statement)
-        connection.execute("COMMIT")
-    if version() != _FORMAT:
-        raise UserError(f"store {path}: of format {version()}, this release reads {_FORMAT}; name another file")
-
-
-def _log_ahead(connection: sqlite3.Connection, deadline: float) -> None:
-    """Sets the journal mode. Of several processes at a new file, this statement alone fails instead of waiting."""
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
+def _prepare(connection: sqlite3.Connection) -> None:
+    for statement in _CATALOG:
+        connection.execute(statement)
 
 
 def _pointer(connection: sqlite3.Connection, view: str) -> Pointer | None:

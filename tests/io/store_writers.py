@@ -73,7 +73,7 @@ def _second(path: Path, stop_at: int, seen: int | None = None) -> None:
         return 0
 
     store = SqliteStore(path)
-    connection = store._connection()
+    connection = store._file.connection()
     connection.set_progress_handler(tick, TICK)
     connection.set_trace_callback(tick)
     second(store)

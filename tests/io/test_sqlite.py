@@ -50,7 +50,7 @@ def hours(rows: pa.Table) -> list[tuple[int, int]]:
 
 def again(store: SqliteStore, views: tuple[str, ...]) -> None:
     """The killed run's rerun: hours 1 and 2 anew."""
-    generations = {view: store.begin(view, SCHEMA, KEYS, Range(1 * HOUR, 3 * HOUR)) for view in views}
+    generations = {view: store.begin(view, SCHEMA, KEYS, (Range(1 * HOUR, 3 * HOUR),)) for view in views}
     every = table(*[(f"s{number}", hour * HOUR, 2) for hour in (1, 2) for number in range(20)])
     for view, generation in generations.items():
         store.upsert(view, every, generation=generation)
@@ -76,10 +76,10 @@ def test_a_killed_run_leaves_the_old_answer_and_its_rerun_no_trace_of_it(tmp_pat
             for view, pointer in pointers.items():
                 assert pointer is not None
                 assert hours(store.scan(view)) == expected(2)
-            tables = store._connection().execute("SELECT name FROM sqlite_schema WHERE type = 'table'").fetchall()
+            tables = store._file.connection().execute("SELECT name FROM sqlite_schema WHERE type = 'table'").fetchall()
             read = {f"{view}#{pointer.generation}" for view, pointer in pointers.items() if pointer}
             assert {name for (name,) in tables} == {"pointers", "generations", *read}
-            assert store._connection().execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            assert store._file.connection().execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
 def test_writers_of_several_processes_take_turns_and_readers_see_whole_versions(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_reader_keeps_its_snapshot_while_a_run_replaces_what_it_reads(tmp_path
     many = table(*[("a", hour * HOUR, hour) for hour in range(40_000)])
     with SqliteStore(tmp_path / "store.db") as reader, SqliteStore(tmp_path / "store.db", timeout=0) as writer:
         finished(writer, many)
-        with reader._transaction("DEFERRED") as connection:
+        with reader._file.transaction("DEFERRED") as connection:
             cursor = connection.execute('SELECT n FROM "v#1"')
             begun = cursor.fetchmany(10)
             finished(writer, table(("b", 0, 0)))
@@ -128,7 +128,7 @@ def test_a_look_up_and_a_write_use_the_key(tmp_path: Path) -> None:
     with SqliteStore(tmp_path / "store.db") as store:
         finished(store, table(("a", 0, 1)))
         plan = 'EXPLAIN QUERY PLAN SELECT n FROM "v#1" WHERE NOT _deleted AND "sensor" = ? AND "window_start" = ?'
-        [(*_, detail)] = store._connection().execute(plan, ("a", 0)).fetchall()
+        [(*_, detail)] = store._file.connection().execute(plan, ("a", 0)).fetchall()
         assert detail == "SEARCH v#1 USING PRIMARY KEY (sensor=? AND window_start=?)"
 
 
@@ -179,7 +179,7 @@ def test_a_place_that_cannot_be_opened(tmp_path: Path) -> None:
 
 def test_a_store_that_cannot_be_written(tmp_path: Path) -> None:
     store = SqliteStore(tmp_path / "store.db")
-    store._connection().execute("PRAGMA query_only = true")
+    store._file.connection().execute("PRAGMA query_only = true")
     assert complaint(store) == "cannot be written; check its permissions and that it was not moved"
 
 
@@ -192,7 +192,7 @@ def test_a_file_without_permission(tmp_path: Path) -> None:
 
 
 def test_a_store_that_another_process_holds(tmp_path: Path) -> None:
-    with SqliteStore(tmp_path / "store.db") as other, other._transaction("IMMEDIATE"):
+    with SqliteStore(tmp_path / "store.db") as other, other._file.transaction("IMMEDIATE"):
         told = complaint(SqliteStore(tmp_path / "store.db", timeout=0))
     assert told == "locked by another process for too long; let it finish and run again"
 
@@ -230,13 +230,13 @@ def test_a_full_disk_leaves_the_old_answer(tmp_path: Path) -> None:
         finished(store, table(("old", 0, 1)))
         for limit in ("disk", "pages"):
             if limit == "pages":
-                store._connection().execute("PRAGMA max_page_count = 20")
+                store._file.connection().execute("PRAGMA max_page_count = 20")
             with disk_of(200_000 if limit == "disk" else 2**40), pytest.raises(UserError) as raised:
                 finished(store, many)
             assert str(raised.value).startswith(f"store {store.path}: ")
             assert "space" in str(raised.value)
             assert store.scan("v").equals(table(("old", 0, 1)))
-        store._connection().execute("PRAGMA max_page_count = 100000")
+        store._file.connection().execute("PRAGMA max_page_count = 100000")
         finished(store, many)
         assert store.scan("v").equals(many)
 
