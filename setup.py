@@ -47,7 +47,7 @@ setup(
     python_requires=">=3.11",
     packages=list(FOLDERS),
     package_dir=FOLDERS,
-    package_data={"pipelines": ["py.typed"]},
+    package_data={"pipelines": ["py.typed"], "pipelines.runners": ["*.pom.xml"]},
     install_requires=[
         "apache-beam>=2.77,<2.78",  # the coders and runners we build on change between minor versions
         "click>=8.1,<9",

@@ -9,14 +9,19 @@ from pipelines.transforms.errors import UserError
 if TYPE_CHECKING:
     import apache_beam as beam
 
-MODULES = {"DirectRunner": "direct"}
+MODULES = {"DirectRunner": "direct", "FlinkRunner": "flink", "PrismRunner": "prism"}
 """The runners of --runner, each with the module that knows it."""
 
 
 class Engine(Protocol):
-    """What a runner's module offers. DISTRIBUTED: workers are other processes, to which work must be dealt out."""
+    """What a runner's module offers.
+
+    DISTRIBUTED: work must be dealt out to workers, and nothing is shared by a disk of one process. UNBOUNDED: it takes
+    graphs that do not end; a live run on another runner is of turns.
+    """
 
     DISTRIBUTED: bool
+    UNBOUNDED: bool
 
     def run(self, build: Callable[["beam.Pipeline"], None], flags: Sequence[str]) -> None:
         """Runs what ``build`` puts on an empty pipeline to its end. flags: Beam's own options. Raises what failed."""

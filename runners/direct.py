@@ -13,6 +13,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
 DISTRIBUTED = False
+UNBOUNDED = False
 
 
 def run(build: Callable[[beam.Pipeline], None], flags: Sequence[str]) -> None:

@@ -1,0 +1,99 @@
+"""Running a graph through a job server: Flink's, Prism's. The workers are threads of this process (LOOPBACK).
+
+A server is a process of our own on ports that it chose itself, stopped by its pid when its block ends; with ``setpriv``
+(Linux) also when this process is killed. Its log is under ``.clusters/`` (or PIPELINES_CLUSTERS) while it runs, and
+stays there if it ended by itself.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import apache_beam as beam
+import grpc
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.portability.portable_runner import PortableRunner
+from apache_beam.runners.worker import sdk_worker
+
+from pipelines.transforms.errors import UserError
+
+START = 120.0
+"""Seconds that a server may take to start."""
+
+
+def folder(engine: str) -> Path:
+    """Where an engine's programs and logs are."""
+    return Path(os.environ.get("PIPELINES_CLUSTERS", ".clusters"), engine).absolute()
+
+
+@contextlib.contextmanager
+def serving(engine: str, command: Sequence[str | Path], started: re.Pattern[str]) -> Iterator[str]:
+    """Starts a job server and yields its endpoint. started: what it logs when it is ready; the group is its port.
+
+    Raises UserError, with the last of what it said, where it does not start.
+    """
+    folder(engine).mkdir(parents=True, exist_ok=True)
+    bound = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+    descriptor, name = tempfile.mkstemp(".log", "job-server-", folder(engine))
+    log = Path(name)
+    with os.fdopen(descriptor, "wb") as file:
+        # A group of its own: Ctrl-C is for us, who then cancel the job and stop the server.
+        process = subprocess.Popen(
+            [*bound, *command], stdin=subprocess.DEVNULL, stdout=file, stderr=file, process_group=0
+        )
+    try:
+        yield f"127.0.0.1:{_port(process, log, started)}"
+    finally:
+        if process.poll() is None:
+            _stop(process)
+            log.unlink()
+
+
+def _port(process: subprocess.Popen[bytes], log: Path, started: re.Pattern[str]) -> str:
+    """The port is the server's own: it tells it only once it listens there."""
+    end = time.monotonic() + START
+    while not (found := started.search(log.read_text(errors="replace"))):
+        if process.poll() is not None or time.monotonic() > end:
+            last = log.read_text(errors="replace").strip().splitlines()[-1:]
+            raise UserError(f"the job server does not start: {' '.join(last) or 'it says nothing'} (all of it: {log})")
+        time.sleep(0.05)
+    return found[1]
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def run(build: Callable[[beam.Pipeline], None], endpoint: str, flags: Sequence[str]) -> None:
+    """Runs a graph to its end on the server at an endpoint; interrupted, it cancels the job. Raises what failed."""
+    options = PipelineOptions([f"--job_endpoint={endpoint}", "--environment_type=LOOPBACK", *flags])
+    _quiet()
+    pipeline = beam.Pipeline(runner=PortableRunner(), options=options)
+    build(pipeline)
+    result = pipeline.run()
+    try:
+        result.wait_until_finish()
+    except KeyboardInterrupt:
+        result.cancel()
+        raise
+
+
+def _quiet() -> None:
+    """What a worker raises is raised here too, so it need not be printed; nor that a server at its end hangs up."""
+    logging.getLogger().addFilter(lambda record: not record.pathname.endswith("portable_runner.py"))
+    sdk_worker.print = lambda *_, **__: None
+    before = threading.excepthook
+    threading.excepthook = lambda args: None if isinstance(args.exc_value, grpc.RpcError) else before(args)
