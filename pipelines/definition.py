@@ -210,9 +210,9 @@ class Pipeline:
         steps = (*self.steps, *(step for view in self.views for step in view.steps))
         return tuple(dict.fromkeys(step.dimension for step in steps if hasattr(step, "dimension")))
 
-    def plan(self) -> sql.Plan:
-        """What the declaration compiles to."""
-        return sql.compile(self)
+    def plan(self, *, live: bool = False) -> sql.Plan:
+        """What the declaration compiles to; live: for the speed layer."""
+        return sql.compile(self, live)
 
 
 def load(path_or_name: str, **parameters: str) -> Pipeline:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pipelines.transforms import query
+from pipelines.transforms import lateness, query
 from pipelines.transforms.chain import YEARS, Chain
 from pipelines.transforms.conform import EXTRA
 from pipelines.transforms.expressions import DefinitionError, arrow_types, check, quote, underlined
@@ -18,7 +18,7 @@ from pipelines.transforms.sketches import Sketch
 from pipelines.transforms.stage import Builder, Rule, Scope
 from pipelines.transforms.states import State
 from pipelines.transforms.view import ViewPlan
-from pipelines.transforms.windows import Session, floor_sql
+from pipelines.transforms.windows import Session, Sliding, Window, floor_sql
 
 if TYPE_CHECKING:
     from pipelines.definition import Pipeline, View
@@ -40,10 +40,11 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=256)
-def compile(pipeline: "Pipeline") -> Plan:
+def compile(pipeline: "Pipeline", live: bool = False) -> Plan:
     """The plan of a pipeline: a function of the declaration alone, so it is made once.
 
-    Raises DefinitionError at the first thing that cannot run.
+    live: for the speed layer, whose rows are of a log (WATERMARK), and whose views are kept by ``lateness.live``: those
+    of sliding windows tell rows apart by SINCE. Raises DefinitionError at the first thing that cannot run.
     """
     types = arrow_types(pipeline.source.schema.arrow)
     if pipeline.source.extra == "keep":
@@ -56,7 +57,7 @@ def compile(pipeline: "Pipeline") -> Plan:
         _kept(chain.schema, f"pipeline {pipeline.name!r}, events=True")
     lineage, plans, used = {"events": dict(builder.scope.lineage)}, [], set(builder.used)
     for view in pipeline.views:
-        plan, sources, needed = _view(pipeline, view, builder.scope.copy())
+        plan, sources, needed = _view(pipeline, view, builder.scope.copy(), live)
         plans.append(plan)
         used |= needed
         lineage[view.name] = sources
@@ -90,7 +91,7 @@ def _steps(to: Builder, owner: "Pipeline | View") -> None:
         step.build(to)
 
 
-def _view(pipeline: "Pipeline", view: "View", scope: Scope) -> tuple[ViewPlan, Lineage, set[str]]:
+def _view(pipeline: "Pipeline", view: "View", scope: Scope, live: bool) -> tuple[ViewPlan, Lineage, set[str]]:
     to = Builder(pipeline.name, scope, f"view:{view.name}")
     _steps(to, view)
     chain = to.chain(shared=False) if view.steps else None
@@ -113,7 +114,7 @@ def _view(pipeline: "Pipeline", view: "View", scope: Scope) -> tuple[ViewPlan, L
         measures.append(made)
     needed = to.used.union(*lineage.values(), to.scope.lineage["event_time"])
     to.select({}, [(made.value, to.failure(made.name, made.value)) for made in measures if made.value])
-    plan = _plan(view, chain, to.scope, measures, to.chain(shared=False).tried())
+    plan = _plan(view, chain, to.scope, measures, to.chain(shared=False).tried(), live)
     _kept(plan.schema, f"pipeline {pipeline.name!r}, view {view.name!r}, {view.at}")
     return plan, lineage, set(needed)
 
@@ -160,33 +161,41 @@ def _measure(name: str, measure: Measure | str, to: Builder, answers: dict[str, 
     return _Measured(name, *made, sources=sources, reads=reads, value=what if sources else "")
 
 
-def _plan(view: "View", chain: Chain | None, scope: Scope, measures: list[_Measured], guard: Chain) -> ViewPlan:
+def _plan(
+    view: "View", chain: Chain | None, scope: Scope, measures: list[_Measured], guard: Chain, live: bool
+) -> ViewPlan:
     keys = [quote(name) for name in view.by]
+    window = lateness.live(view.window) if live else view.window
     read = frozenset[str]().union(*(measure.reads for measure in measures))
     states = tuple(dict.fromkeys(state for measure in measures for state in measure.states))
     columns = {name: kind for state in states for name, kind in state.columns().items()}
-    place = ["_start", "_last"] if isinstance(view.window, Session) else ["_tile"]
-    partial = _partial(view, keys, states)
-    merge = _merge(view, keys, states)
+    since = [lateness.SINCE.name] if live and isinstance(window, Sliding) else []
+    place = ["_start", "_last"] if isinstance(window, Session) else ["_tile", *since]
+    partial = _partial(window, keys, states, since)
+    merge = _merge(window, keys, states, since)
     cells = ["_rows", *(f"{name}::{kind} AS {name}" for name, kind in columns.items())]
     held = [*keys, *(f"{name}::BIGINT AS {name}" for name in place), *cells]
     first = (
-        held if isinstance(view.window, Session) else [*keys, f"{view.window.tile_start_sql('_tile')} AS _tile", *cells]
+        held if isinstance(window, Session) else [*keys, f"{window.tile_start_sql('_tile')} AS _tile", *since, *cells]
     )
     partial = f"SELECT {', '.join(first)} FROM (\n{partial})"
-    schema = query.run(f"{partial} LIMIT 0", {"batch": scope.arrow.empty_table()}).schema
+    empty = scope.arrow.empty_table()
+    if since:
+        empty = empty.append_column(lateness.SINCE, pa.array([], lateness.SINCE.type))
+    schema = query.run(f"{partial} LIMIT 0", {"batch": empty}).schema
     result = _result(view, keys, list(columns), measures)
-    answers = query.run(_windowed(view, keys, states), {"batch": schema.empty_table()}).schema
+    windowed = _windowed(window, keys, states, since)
+    answers = query.run(windowed, {"batch": schema.empty_table()}).schema
     return ViewPlan(
         name=view.name,
         by=view.by,
-        window=view.window,
+        window=window,
         chain=chain,
         guard=guard,
         states=states,
         partial=partial,
         merge=f"SELECT {', '.join(held)} FROM (\n{merge})",
-        windowed=_windowed(view, keys, states),
+        windowed=windowed,
         result=result,
         digest=_digest(view, measures),
         partial_schema=schema,
@@ -196,40 +205,42 @@ def _plan(view: "View", chain: Chain | None, scope: Scope, measures: list[_Measu
     )
 
 
-def _partial(view: "View", keys: list[str], states: tuple[State, ...]) -> str:
+def _partial(window: Window, keys: list[str], states: tuple[State, ...], since: list[str]) -> str:
     aggregates = [
         "count(*)::BIGINT AS _rows",
         *(f"{sql} AS {name}" for state in states for name, sql in state.partial("_t").items()),
     ]
     rows = "(SELECT *, epoch_us(event_time) AS _t FROM batch)"
-    if not isinstance(view.window, Session):
-        tile = f"{view.window.tile_sql('_t')} AS _tile"
+    if not isinstance(window, Session):
+        tile = f"{window.tile_sql('_t')} AS _tile"
         if any(isinstance(state, Sketch) for state in states):
             # A sketch gathers lists: with the rows of a group side by side that costs half. The hash is never kept.
-            rows = f"(SELECT * FROM {rows} ORDER BY hash({', '.join([*keys, view.window.tile_sql('_t')])}))"
-        return f"SELECT {', '.join([*keys, tile, *aggregates])}\nFROM {rows} GROUP BY ALL"
+            rows = f"(SELECT * FROM {rows} ORDER BY hash({', '.join([*keys, *since, window.tile_sql('_t')])}))"
+        return f"SELECT {', '.join([*keys, tile, *since, *aggregates])}\nFROM {rows} GROUP BY ALL"
     millis = floor_sql("_t", 1000)
-    rows = view.window.islands_sql(f"(SELECT *, {millis} AS _start, {millis} AS _last FROM {rows})", tuple(keys))
+    rows = window.islands_sql(f"(SELECT *, {millis} AS _start, {millis} AS _last FROM {rows})", tuple(keys))
     return _grouped(
         [*keys, "min(_start) AS _start", "max(_last) AS _last", *aggregates], f"({rows})", [*keys, "_island"]
     )
 
 
-def _merge(view: "View", keys: list[str], states: tuple[State, ...]) -> str:
-    if not isinstance(view.window, Session):
-        return _grouped([*keys, "_tile", *_merges(states)], "batch", [*keys, "_tile"])
-    rows = view.window.islands_sql("batch", tuple(keys))
+def _merge(window: Window, keys: list[str], states: tuple[State, ...], since: list[str]) -> str:
+    if not isinstance(window, Session):
+        return _grouped([*keys, "_tile", *since, *_merges(states)], "batch", [*keys, "_tile", *since])
+    rows = window.islands_sql("batch", tuple(keys))
     return _grouped(
         [*keys, "min(_start) AS _start", "max(_last) AS _last", *_merges(states)], f"({rows})", [*keys, "_island"]
     )
 
 
-def _windowed(view: "View", keys: list[str], states: tuple[State, ...]) -> str:
+def _windowed(window: Window, keys: list[str], states: tuple[State, ...], since: list[str]) -> str:
     """Merged states by window: tiles become the windows that they are part of."""
-    windows = f"({view.window.windows_sql('batch')})"
+    windows = f"({window.windows_sql('batch')})"
+    if since:
+        windows = f"(SELECT * FROM {windows} WHERE coalesce(window_start >= {since[0]}, true))"
     group = [*keys, "window_start", "window_end"]
     kinds = {name: kind for state in states for name, kind in state.columns().items()}
-    if view.window.overlapping:
+    if window.overlapping:
         windows = f"({_grouped([*group, *_merges(states)], windows, group)})"
     columns = [
         *keys,

@@ -20,12 +20,14 @@ from pipelines.transforms import conservation, query
 from pipelines.transforms.conform import RAW
 from pipelines.transforms.deadletters import DEAD_LETTERS, refuse
 from pipelines.transforms.errors import DataRefused, UserError
+from pipelines.transforms.lateness import WATERMARK
 from pipelines.transforms.protect import KEYS, Cipher, Key, pseudonym_keys
 
 FILTERED = -1
 """The status of a filtered row; null: kept; 0 and more: the index of the reason that refused it."""
 
 BOOKKEEPING = ("_source", "_offset")
+"""What every row carries along; of a log also WATERMARK."""
 
 ROW = "_row"
 """What a row carries through the stages instead: its number in the batch. From it come position and payload."""
@@ -137,7 +139,8 @@ class Chain:
 
         Raises DataRefused for a row that a rule says must stop the run.
         """
-        columns = [name for name in batch.column_names if name not in (*BOOKKEEPING, RAW.name)]
+        carried = [name for name in (*BOOKKEEPING, WATERMARK.name) if name in batch.column_names]
+        columns = [name for name in batch.column_names if name not in (*carried, RAW.name)]
         rows = batch.select(columns).append_column(ROW, pa.array(np.arange(len(batch), dtype=np.int32)))
         dead, tallies, kept, same = [DEAD_LETTERS.empty_table()], [], None, True
         for stage in self.stages:
@@ -161,9 +164,9 @@ class Chain:
             rows = answer.drop_columns(["_status", *(miss.column for miss in stage.misses)])
         if self.shared:
             tallies.append(conservation.tally("source", "kept", len(rows) if kept is None else kept))
-        places = batch.select(BOOKKEEPING) if same else batch.select(BOOKKEEPING).take(rows[ROW])
+        places = batch.select(carried) if same else batch.select(carried).take(rows[ROW])
         names = self.schema.names
-        rows = pa.table([*rows.select(names).columns, *places.columns], [*names, *BOOKKEEPING])
+        rows = pa.table([*rows.select(names).columns, *places.columns], [*names, *carried])
         return Outcome(rows, pa.concat_tables(dead), conservation.merge(tallies))
 
     def tried(self) -> "Chain":

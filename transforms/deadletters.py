@@ -36,7 +36,8 @@ clear, else the name of the key of its AES-GCM."""
 PURPOSE = "dead letters"
 """What the cipher of dead letters is for: ``Cipher(Key.load(), PURPOSE)``."""
 
-_BOOKKEEPING = ("_source", "_offset", "_raw")
+_OF_MESSAGES = {"_published", "_watermark"}
+_BOOKKEEPING = {"_source", "_offset", "_raw", *_OF_MESSAGES}
 
 
 def refuse(
@@ -51,8 +52,8 @@ def refuse(
 ) -> pa.Table:
     """The dead letters (DEAD_LETTERS) of refused rows, in their order.
 
-    rows: a row table, or a raw one. The payload is `_raw` where the table has it, text without its line end; else the
-    user's columns as one JSON object, as DuckDB writes it (NaN and Infinity bare, binary as ``\\xFF`` escapes, times in
+    rows: a row table, or a raw one. The payload is `_raw` where the table has it (of a file without the line end), else
+    the user's columns as one JSON object, as DuckDB writes it (NaN and Infinity bare, binary as ``\\xFF`` escapes, times in
     UTC), and then format is "json" whatever was given. cipher: encrypts payloads, bound to source and offset.
 
     >>> rows = pa.table({"x": [1], "_source": pa.array(["a.parquet"]).dictionary_encode(), "_offset": [7]})
@@ -62,7 +63,8 @@ def refuse(
     """
     source, offset = rows["_source"].cast(pa.string()), rows["_offset"]
     if "_raw" in rows.column_names:
-        payload = bare(rows["_raw"]) if format in ("csv", "json") else rows["_raw"]
+        lines = format in ("csv", "json") and _OF_MESSAGES.isdisjoint(rows.column_names)
+        payload = bare(rows["_raw"]) if lines else rows["_raw"]
     else:
         payload, format = _json(rows), "json"
     if cipher is not None:

@@ -13,7 +13,15 @@ import re
 import zoneinfo
 from abc import ABC, abstractmethod
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipelines.transforms import query
 from pipelines.transforms.errors import UserError
+
+Micros = npt.NDArray[np.int64]
+"""Times, µs UTC."""
 
 _MICROS = {"s": 10**6, "m": 60 * 10**6, "h": 3600 * 10**6, "d": 86400 * 10**6, "w": 7 * 86400 * 10**6}
 _MONTHS = {"mo": 1, "q": 3, "y": 12}
@@ -102,6 +110,14 @@ class Window(ABC):
     def windows_sql(self, tiles: str) -> str:
         """A SELECT that adds ``window_start`` and ``window_end`` (BIGINT µs) to the rows of ``tiles`` by ``_tile``."""
 
+    @abstractmethod
+    def ends(self, times: Micros) -> Micros:
+        """The end of the last window that a row of each event time is in."""
+
+    def _tiles(self, times: Micros) -> Micros:
+        assert self.tile
+        return (times + self._shift) // self.tile * self.tile - self._shift
+
 
 @dataclasses.dataclass(frozen=True)
 class Whole(Window):
@@ -109,6 +125,9 @@ class Whole(Window):
 
     def windows_sql(self, tiles: str) -> str:
         return f"SELECT *, NULL::BIGINT AS window_start, NULL::BIGINT AS window_end FROM {tiles}"
+
+    def ends(self, times: Micros) -> Micros:
+        raise ValueError("Whole never ends: the speed layer keeps it by the hour")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +188,21 @@ class Tumbling(Window):
             f"FROM (SELECT DISTINCT _tile, {local} AS _local FROM {tiles})) c ON t._tile = c._tile"
         )
 
+    def ends(self, times: Micros) -> Micros:
+        """
+        >>> Tumbling("1d", timezone="Europe/Paris").ends(np.array([0])).tolist()  # ends at 23:00 UTC
+        [82800000000]
+        """
+        tiles = self._tiles(times)
+        if not self._calendar:
+            return tiles + self.tile
+        distinct, places = np.unique(tiles, return_inverse=True)
+        ends = query.run(
+            f"SELECT window_end FROM ({self.windows_sql('tiles')}) ORDER BY _tile",
+            {"tiles": pa.table([distinct], ["_tile"])},
+        )
+        return ends["window_end"].to_numpy()[places]  # type: ignore[no-any-return]
+
     def _instant(self, local: str) -> str:
         """When a local midnight is, in µs: the first of two, where clocks go back over it (Havana)."""
         at = f"epoch_us({local} AT TIME ZONE '{self.timezone}')"
@@ -212,14 +246,37 @@ class Sliding(Window):
         return Duration.fixed(self.size, "size")
 
     def windows_sql(self, tiles: str) -> str:
-        size, every = Duration.fixed(self.size, "size"), Duration.fixed(self.every, "every")
-        last = floor_sql("_tile", every, _MONDAY if every % _DAY == 0 else 0)
+        size, every, offset = self._measures
+        last = floor_sql("_tile", every, offset)
         first = f"({last} - {(size - 1) // every * every})"
         return (
             f"SELECT *, window_start + {size} AS window_end FROM ("
             f"SELECT *, unnest(range({first}, {last} + 1, {every})) AS window_start FROM {tiles}) "
             f"WHERE window_start + {size} > _tile"
         )
+
+    def ends(self, times: Micros) -> Micros:
+        size, _, _ = self._measures
+        return self._last(self._tiles(times)) + size
+
+    def opens(self, ends: Micros) -> Micros:
+        """The start of the first window that ends after each of these times.
+
+        >>> Sliding("10m", every="5m").opens(np.array([600_000_000])).tolist()
+        [300000000]
+        """
+        size, every, _ = self._measures
+        return self._last(ends - size) + every
+
+    def _last(self, times: Micros) -> Micros:
+        """The start of the last window that starts at or before each time."""
+        _, every, offset = self._measures
+        return times - (times - offset) % every
+
+    @property
+    def _measures(self) -> tuple[int, int, int]:
+        size, every = Duration.fixed(self.size, "size"), Duration.fixed(self.every, "every")
+        return size, every, _MONDAY if every % _DAY == 0 else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +305,10 @@ class Session(Window):
 
     def windows_sql(self, tiles: str) -> str:
         return f"SELECT *, _start AS window_start, _last + {self.micros} AS window_end FROM {tiles}"
+
+    def ends(self, times: Micros) -> Micros:
+        """The end of a session of that row alone."""
+        return times - times % 1000 + self.micros
 
 
 def _whole_hours(timezone: str) -> bool:
