@@ -78,12 +78,12 @@ def _column(name: str, values: pa.Array) -> Hashes:
             _column(name, values.dictionary)[indices] if len(values.dictionary) else np.zeros(len(values), np.uint64)
         )
     elif pa.types.is_floating(kind):
-        found = _mix(_floats(values))
+        found = _mix(floats(values))
     elif pa.types.is_decimal(kind):
         found = _decimals(values)
     elif pa.types.is_temporal(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind):
-        found = _mix(_integers(values))
-    elif _text(kind):
+        found = _mix(integers(values))
+    elif is_text(kind):
         found = _texts(values.cast(pa.large_binary()))
     elif pa.types.is_null(kind):
         found = np.zeros(len(values), np.uint64)
@@ -94,7 +94,8 @@ def _column(name: str, values: pa.Array) -> Hashes:
     return found
 
 
-def _text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Texts and bytes, of any encoding but a dictionary."""
     return any(is_kind(kind) for is_kind in _TEXTS)
 
 
@@ -120,7 +121,8 @@ def _mix(x: Hashes) -> Hashes:
     return x
 
 
-def _integers(values: pa.Array) -> Hashes:
+def integers(values: pa.Array) -> Hashes:
+    """Integers, booleans and times (µs; days; time of day) as 64 bits each, a copy; a null is 0."""
     kind = values.type
     if pa.types.is_timestamp(kind):
         values = values.cast(pa.timestamp("us", tz=kind.tz), safe=False).cast(pa.int64())
@@ -135,7 +137,8 @@ def _integers(values: pa.Array) -> Hashes:
     return wide.copy()
 
 
-def _floats(values: pa.Array) -> Hashes:
+def floats(values: pa.Array) -> Hashes:
+    """The bits of float64, a copy, in which NaN is one value and -0.0 is 0.0; a null is 0."""
     plain = values.cast(pa.float64()).fill_null(0.0).to_numpy(zero_copy_only=False)
     found: npt.NDArray[np.float64] = plain + 0.0  # a copy, in which -0.0 is 0.0
     found[np.isnan(found)] = np.nan

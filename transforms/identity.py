@@ -5,6 +5,7 @@ Identity and content are compared as SQL's IS NOT DISTINCT FROM does: null equal
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -80,12 +81,6 @@ def _later(suspects: pa.Table, identity: tuple[str, ...], columns: tuple[str, ..
     it says what the first says."""
     keys = ", ".join(quote(name) for name in identity)
     content = [name for name in columns if name not in identity]
-    names = ", ".join(
-        f"CASE WHEN later.{quote(name)} IS DISTINCT FROM first.{quote(name)} THEN {literal(name)} END"
-        for name in content
-    )
-    differs = f"nullif(concat_ws(', ', {names}), '')" if content else "NULL::VARCHAR"
-    plural = f"CASE WHEN contains({differs}, ', ') THEN ' differ' ELSE ' differs' END"
     numbered = suspects.select([*dict.fromkeys([*identity, *content]), "_source", "_offset"])
     numbered = numbered.append_column("_row", pa.array(np.arange(len(suspects))))
     return query.run(
@@ -94,10 +89,37 @@ def _later(suspects: pa.Table, identity: tuple[str, ...], columns: tuple[str, ..
             SELECT *, first_value(_row) OVER (PARTITION BY {keys} ORDER BY _source::VARCHAR, _offset, _row) AS _first
             FROM suspects
         )
-        SELECT later._row, {differs} || {plural} || ' from ' || first._source || ':' || first._offset AS differs
+        SELECT later._row, {_differs(content)} AS differs
         FROM ranked AS later JOIN suspects AS first ON first._row = later._first
         WHERE later._row <> later._first
         ORDER BY later._row
         """,
         {"suspects": numbered},
     )
+
+
+def differences(later: pa.Table, first: pa.Table, columns: tuple[str, ...]) -> pa.Array:
+    """For each row of later, the columns in which it differs from the row of first that stands in its place, and where
+    that one stands (string); null where it differs in none.
+
+    >>> rows = pa.table({"x": ["a", "b"], "_source": ["f", "f"], "_offset": [0, 1]})
+    >>> differences(rows, rows.take([0, 0]), ("x",)).to_pylist()
+    [None, 'x differs from f:0']
+    """
+    names = [*columns, "_source", "_offset"]
+    found = query.run(
+        f"SELECT {_differs(columns)} AS differs FROM later POSITIONAL JOIN first",
+        {"later": later.select(names), "first": first.select(names)},
+    )
+    return found["differs"].combine_chunks()
+
+
+def _differs(columns: Sequence[str]) -> str:
+    """SQL over a row of later and one of first."""
+    names = ", ".join(
+        f"CASE WHEN later.{quote(name)} IS DISTINCT FROM first.{quote(name)} THEN {literal(name)} END"
+        for name in columns
+    )
+    differs = f"nullif(concat_ws(', ', {names}), '')" if columns else "NULL::VARCHAR"
+    plural = f"CASE WHEN contains({differs}, ', ') THEN ' differ' ELSE ' differs' END"
+    return f"{differs} || {plural} || ' from ' || first._source || ':' || first._offset"
