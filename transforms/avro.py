@@ -5,9 +5,10 @@ Times come as integers and become times in Arrow, so that no value is past what 
 
 import dataclasses
 import functools
+import io
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import fastavro
 import pyarrow as pa
@@ -79,7 +80,7 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Avro:
-    """One Avro record a payload, without a header, by a schema (JSON text).
+    """One Avro record a payload, by a schema (JSON text). header: bytes before the record, which are passed over.
 
     >>> from pipelines.transforms.schema import RowSchema
     >>> class Row:
@@ -92,6 +93,7 @@ class Avro:
 
     name: ClassVar[str] = "avro"
     schema: str
+    header: int = 0
 
     def parse(self, raw: pa.LargeBinaryArray, schema: RowSchema, *, extra: bool = False) -> Parsed:
         """The schema's columns (extra: all of them), in their Avro types."""
@@ -99,7 +101,7 @@ class Avro:
         faults, records = Faults(), []
         for row, payload in enumerate(raw.to_pylist()):
             try:
-                records.append(_record(pa.BufferReader(payload), layout))
+                records.append(_record(payload, self.header, layout))
             except Exception as error:  # whatever a decoder makes of bytes that are none of its own
                 faults.add([row], "invalid avro", f"bytes that are no such Avro record ({type(error).__name__})")
         names = {path(field).partition(".")[0] for field in schema.fields}
@@ -107,16 +109,21 @@ class Avro:
         return Parsed(layout.table(records, wanted), faults.others(len(raw)) if len(faults) else None, faults)
 
 
-def _record(stream: pa.BufferReader, layout: Layout) -> dict[str, Any]:
+def _record(payload: bytes, start: int, layout: Layout) -> dict[str, Any]:
+    stream = io.BytesIO(payload)
+    stream.seek(start)
     found = fastavro.schemaless_reader(stream, layout.schema, None, handle_unicode_errors=ESCAPES)
-    if stream.read(1) or not isinstance(found, dict):
+    if stream.tell() < len(payload) or not isinstance(found, dict):
         raise ValueError("more bytes than the record has")
     return found
 
 
 @functools.lru_cache(16)
 def _layout(schema: str) -> Layout:
-    return Layout.of(json.loads(schema))
+    layout = Layout.of(json.loads(schema))
+    # Made ready once: fastavro would do it for each record.
+    parsed = cast(dict[str, Any], fastavro.parse_schema(layout.schema))
+    return dataclasses.replace(layout, schema=parsed)
 
 
 class _Reader:

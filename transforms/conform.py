@@ -13,12 +13,13 @@ import pyarrow.compute as pc
 
 from pipelines.transforms.casts import cast, is_list, lacks_offset, readable, type_name
 from pipelines.transforms.payloads import Fault, positions
-from pipelines.transforms.schema import Field
+from pipelines.transforms.schema import UTC_MICROS, Field
 
 SOURCE = pa.field("_source", pa.dictionary(pa.int32(), pa.string()))
 OFFSET = pa.field("_offset", pa.int64())
 RAW = pa.field("_raw", pa.large_binary())
 EXTRA = pa.field("_extra", pa.string())
+PUBLISHED = pa.field("_published", UTC_MICROS)
 
 _EPOCH = datetime.date(1970, 1, 1)
 _FIRST_DAY = (datetime.date.min - _EPOCH).days

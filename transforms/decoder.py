@@ -1,12 +1,13 @@
 """A source's tables, raw payloads or typed columns, to rows of exactly the declared schema. No Beam in here.
 
 Row table: the schema's columns, `_extra` (string, a JSON object or null) with ``extra="keep"`` only, then `_source`
-(dictionary<int32, string>), `_offset` (int64) and, where the source is text, `_raw` (large_binary: the exact bytes of
-the row, with its line end).
+(dictionary<int32, string>), `_offset` (int64) and, where the source is text or messages, `_raw` (large_binary: the
+exact bytes of the row, with its line end) and, of a log, `_published` (timestamp[us, UTC]).
 """
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 
 from pipelines.transforms import query
 from pipelines.transforms.avro import Avro
-from pipelines.transforms.conform import EXTRA, OFFSET, RAW, SOURCE, conform
+from pipelines.transforms.conform import EXTRA, OFFSET, PUBLISHED, RAW, SOURCE, conform
 from pipelines.transforms.deadletters import refuse
 from pipelines.transforms.delimited import Csv
 from pipelines.transforms.errors import DataRefused
@@ -23,7 +24,8 @@ from pipelines.transforms.payloads import Fault, Faults, Form, Parsed, Rows, mar
 from pipelines.transforms.protect import Cipher
 from pipelines.transforms.schema import Extra, Field, Invalid, RowSchema
 
-_BOOKKEEPING = (EXTRA.name, SOURCE.name, OFFSET.name, RAW.name)
+_PLACES = (SOURCE, OFFSET, RAW, PUBLISHED)
+_BOOKKEEPING = (EXTRA.name, *(field.name for field in _PLACES))
 _SHOWN = 60
 
 
@@ -33,6 +35,11 @@ class Decoded:
 
     rows: pa.Table
     dead: pa.Table | None = None
+
+    @property
+    def read(self) -> int:
+        """Rows that came in: each is either taken or refused."""
+        return len(self.rows) + (0 if self.dead is None else len(self.dead))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +82,10 @@ class Decoder:
         if not raw:
             refused = _printable(refused)
         name = form.name if form is not None else "json"
-        return Decoded(good, self._refuse(refused, reason, detail, name))
+        return Decoded(good, self.refuse(refused, reason, detail, name))
 
-    def _refuse(self, refused: pa.Table, reason: pa.Array, detail: pa.Array, form: str) -> pa.Table:
+    def refuse(self, refused: pa.Table, reason: pa.Array, detail: pa.Array, form: str) -> pa.Table:
+        """The dead letters (DEAD_LETTERS, step "decode") of these rows. form: how to read their payloads."""
         return refuse(
             refused,
             pipeline=self.pipeline,
@@ -122,18 +130,13 @@ class Decoder:
             extras = self._extras(parsed)
             self._judge(extras, table, parsed, faults)
             columns += [extras] if self.extra == "keep" else []
-        columns += [kept[name] for name in (SOURCE.name, OFFSET.name, RAW.name) if name in kept.column_names]
-        return pa.Table.from_arrays(columns, schema=self._arrow(RAW.name in table.column_names)), faults
+        columns += [kept[place.name] for place in _PLACES if place.name in kept.column_names]
+        return pa.Table.from_arrays(columns, schema=self.arrow(table.column_names)), faults
 
-    def _arrow(self, raw: bool) -> pa.Schema:
-        fields = [
-            *self.schema.arrow,
-            *([EXTRA] if self.extra == "keep" else []),
-            SOURCE,
-            OFFSET,
-            *([RAW] if raw else []),
-        ]
-        return pa.schema(fields)
+    def arrow(self, given: Sequence[str]) -> pa.Schema:
+        """The schema of the rows of a table with these columns."""
+        extra = [EXTRA] if self.extra == "keep" else []
+        return pa.schema([*self.schema.arrow, *extra, *(place for place in _PLACES if place.name in given)])
 
     def _fault(
         self, fault: Fault, values: pa.ChunkedArray | None, table: pa.Table, parsed: Parsed, faults: Faults
