@@ -186,7 +186,7 @@ def _found(connection: sqlite3.Connection, wanted: tuple[int | None, int, int], 
         for row in rows:
             found.append(Found(*row))
             max_bytes -= found[-1].size
-            if max_bytes <= 0:
+            if max_bytes < 0:
                 break
     return found
 
