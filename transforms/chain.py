@@ -20,7 +20,7 @@ from pipelines.transforms import conservation, query
 from pipelines.transforms.conform import RAW
 from pipelines.transforms.deadletters import DEAD_LETTERS, refuse
 from pipelines.transforms.errors import DataRefused, UserError
-from pipelines.transforms.lateness import WATERMARK
+from pipelines.transforms.lateness import EXPIRES, WATERMARK
 from pipelines.transforms.protect import KEYS, Cipher, Key, pseudonym_keys
 
 FILTERED = -1
@@ -140,7 +140,7 @@ class Chain:
         Raises DataRefused for a row that a rule says must stop the run.
         """
         carried = [name for name in (*BOOKKEEPING, WATERMARK.name) if name in batch.column_names]
-        columns = [name for name in batch.column_names if name not in (*carried, RAW.name)]
+        columns = [name for name in batch.column_names if name not in (*carried, RAW.name, EXPIRES.name)]
         rows = batch.select(columns).append_column(ROW, pa.array(np.arange(len(batch), dtype=np.int32)))
         dead, tallies, kept, same = [DEAD_LETTERS.empty_table()], [], None, True
         for stage in self.stages:

@@ -24,7 +24,7 @@ SOURCE = ("read", "kept", "filtered", "rejected", "late", "duplicate")
 """The counters of part "source", all in source rows."""
 
 Counter = Literal[
-    "read", "kept", "filtered", "rejected", "late", "duplicate", "rows_in", "rows_out", "results", "unmatched"
+    "read", "kept", "filtered", "rejected", "late", "duplicate", "partly_late", "rows_in", "rows_out", "results", "unmatched"
 ]
 
 
@@ -53,7 +53,7 @@ def merge(tallies: Iterable[pa.Table]) -> pa.Table:
 class Conservation:
     """What a run counted. rows: source rows by counter. reasons: rejected source rows by reason. views: (rows in, rows
     out, results) by name. unmatched: rows of look-ups without a match, by dimension and reason. dropped: rows that were
-    rejected or filtered after the source's law, by part and then reason ("filtered" for the latter).
+    rejected, filtered or late after the source's law, by part and then reason ("filtered", "late", "partly_late").
 
     >>> counts = Conservation.of(merge([tally("source", "read", 3), tally("source", "kept", 2)]))
     >>> counts.violations()
@@ -79,7 +79,7 @@ class Conservation:
                 rows[row["counter"]] += row["n"]
                 if row["counter"] == "rejected":
                     reasons[row["reason"]] = row["n"]
-            elif row["counter"] in ("filtered", "rejected"):
+            elif row["counter"] in ("filtered", "rejected", "late", "partly_late"):
                 dropped.setdefault(row["part"], {})[row["reason"] or row["counter"]] = row["n"]
             elif kind == "view":
                 counts = views.setdefault(name, dict.fromkeys(("rows_in", "rows_out", "results"), 0))

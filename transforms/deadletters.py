@@ -36,7 +36,7 @@ clear, else the name of the key of its AES-GCM."""
 PURPOSE = "dead letters"
 """What the cipher of dead letters is for: ``Cipher(Key.load(), PURPOSE)``."""
 
-_OF_MESSAGES = {"_published", "_watermark"}
+_OF_MESSAGES = {"_published", "_watermark", "_expires"}
 _BOOKKEEPING = {"_source", "_offset", "_raw", *_OF_MESSAGES}
 
 
@@ -52,7 +52,7 @@ def refuse(
 ) -> pa.Table:
     """The dead letters (DEAD_LETTERS) of refused rows, in their order.
 
-    rows: a row table, or a raw one. The payload is `_raw` where the table has it (of a file without the line end), else
+    rows: a row table, or a raw one. The payload is `_raw` where the table has it (a line without its end), else
     the user's columns as one JSON object, as DuckDB writes it (NaN and Infinity bare, binary as ``\\xFF`` escapes, times
     in UTC), and then format is "json" whatever was given. cipher: encrypts payloads, bound to source and offset.
 

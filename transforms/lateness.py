@@ -25,6 +25,9 @@ WATERMARK = pa.field("_watermark", pa.int64())
 SINCE = pa.field("_since", pa.int64())
 """What a row late for some of its sliding windows carries: the start (µs) of the first that it still counts in."""
 
+EXPIRES = pa.field("_expires", pa.int64())
+"""What a row carries until it is known once: the watermark (µs) from which on it would be late for every view."""
+
 IDLE_AFTER = 10.0
 """Seconds without a row after which a partition is idle."""
 
