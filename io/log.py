@@ -151,7 +151,7 @@ class Options:
 
 
 def _kept(retention: str, uri: str) -> datetime.timedelta:
-    match = re.fullmatch(r"([1-9]\d{0,5})([smhdw])", retention)
+    match = re.fullmatch(r"([1-9]\d{0,7})([smhdw])", retention)
     if not match:
         raise UserError(f"--live={uri}: retention={retention!r} must be a whole number and a unit: s m h d w, as in 7d")
     return datetime.timedelta(seconds=int(match[1]) * _SECONDS[match[2]])

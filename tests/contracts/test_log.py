@@ -104,7 +104,7 @@ _APPENDS = st.lists(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(appends=_APPENDS, max_bytes=st.integers(1, 90), step=st.integers(1, 9))
 def test_any_cut_of_a_log_gives_every_message_once(
     tmp_path_factory: pytest.TempPathFactory,
