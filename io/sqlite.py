@@ -125,6 +125,13 @@ class SqliteStore:
                 moved = "UPDATE pointers SET boundary = ?, generation = ? WHERE view = ?"
                 connection.execute(moved, (pointer.boundary, pointer.generation, view))
 
+    def prune(self, view: str, boundary: int) -> int:
+        with self._file.transaction("IMMEDIATE") as connection:
+            if LIVE not in _generations(connection, view):
+                return 0
+            statements = _layout(connection, view, LIVE).prune()
+            return sum(connection.execute(statement, (boundary,)).rowcount for statement in statements)
+
     def drop(self, view: str, generation: int) -> None:
         with self._file.transaction("IMMEDIATE") as connection:
             pointer = _pointer(connection, view)

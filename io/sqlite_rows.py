@@ -11,14 +11,15 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.io import cells
-from pipelines.io.store import Range, StoreConflict
+from pipelines.io.store import StoreConflict
 from pipelines.transforms.errors import UserError
 from pipelines.transforms.expressions import quote
+from pipelines.transforms.ranges import EVERYTHING, Range, Ranges, sql
 
 SLICE = 16_384
 """Rows that are Python objects at a time."""
 
-_WINDOW = "window_start"
+_WINDOW, _END = "window_start", "window_end"
 _BOOKKEEPING = ("_version", "_deleted")
 
 
@@ -79,19 +80,26 @@ class Layout:
             f" ON CONFLICT ({_list(self.keys)}) DO UPDATE SET {', '.join(replaced)} WHERE excluded._version > _version"
         )
 
-    def carry_over(self, former: "Layout", replaced: Range) -> str:
-        """The former generation's rows outside a range, at version -1: a row that is written wins over them."""
+    def carry_over(self, former: "Layout", replaced: Ranges) -> str:
+        """The former generation's rows outside the ranges, at version -1: a row that is written wins over them."""
         names = _list((*self.keys, *self.values))
         return (
             f"INSERT INTO {self.table} SELECT {names}, -1, 0 FROM {former.table}"
             f" WHERE NOT _deleted AND NOT {self._within(replaced)}"
         )
 
+    def prune(self) -> list[str]:
+        """What removes the rows of windows that have ended by a time, and deleted ones, without an end, a day later."""
+        day = 86_400_000_000
+        gone = [f"_deleted AND typeof({_WINDOW}) = 'integer' AND {_WINDOW} < ? - {day}"] if _WINDOW in self.keys else []
+        gone += [f"NOT _deleted AND typeof({_END}) = 'integer' AND {_END} <= ?"] if _END in self.schema.names else []
+        return [f"DELETE FROM {self.table} WHERE {where}" for where in gone]
+
     def get(self) -> str:
         return self._select(" AND ".join(f"{quote(key)} = ?" for key in self.keys))
 
     def scan(self, within: Range) -> str:
-        return f"{self._select(self._within(within))} ORDER BY {_list(self.keys)}"
+        return f"{self._select(self._within((within,)))} ORDER BY {_list(self.keys)}"
 
     def _select(self, where: str) -> str:
         columns = ", ".join(self._column(name) for name in self.schema.names)
@@ -101,12 +109,10 @@ class Layout:
         null = "''" if _is_binary(self.schema.field(name).type) else "x''"
         return f"nullif({quote(name)}, {null})" if name in self.keys else quote(name)
 
-    def _within(self, within: Range) -> str:
-        limits = [f"{_WINDOW} >= {within.start:d}"] if within.start is not None else []
-        limits += [f"{_WINDOW} < {within.stop:d}"] if within.stop is not None else []
-        if not limits or _WINDOW not in self.keys:
+    def _within(self, within: Ranges) -> str:
+        if EVERYTHING in within or _WINDOW not in self.keys:
             return "true"
-        return f"(typeof({_WINDOW}) <> 'integer' OR {' AND '.join(limits)})"
+        return f"(typeof({_WINDOW}) <> 'integer' OR {sql(within, _WINDOW)})"
 
     def records(self, rows: pa.Table, deleted: bool = False) -> Iterator[tuple[Any, ...]]:
         """Rows as records for ``upsert``, in key order: neighbours share a page."""

@@ -17,6 +17,7 @@ from typing import Protocol, Self
 import pyarrow as pa
 
 from pipelines.transforms.errors import UserError
+from pipelines.transforms.ranges import EVERYTHING, Range, Ranges
 
 LIVE = 0
 """The generation of the speed layer's rows."""
@@ -34,25 +35,6 @@ class Pointer:
     boundary: int | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """Windows that start in [start, stop), µs UTC; None is unbounded. A null window_start (Whole) is in every range.
-
-    >>> Range().everything, Range(start=0).everything
-    (True, False)
-    """
-
-    start: int | None = None
-    stop: int | None = None
-
-    @property
-    def everything(self) -> bool:
-        return self.start is None and self.stop is None
-
-
-EVERYTHING = Range()
-
-
 class Store(Protocol):
     """Keyed upsert and get with versions. Picklable: a worker opens its own connection.
 
@@ -60,11 +42,12 @@ class Store(Protocol):
     Raises UserError where the place cannot be opened, written or is full; StoreConflict where a run was overtaken.
     """
 
-    def begin(self, view: str, schema: pa.Schema, keys: Sequence[str], replace: Range = EVERYTHING) -> int:
+    def begin(self, view: str, schema: pa.Schema, keys: Sequence[str], replace: Ranges = (EVERYTHING,)) -> int:
         """Starts a batch generation and answers its number; removes what a dead run has left.
 
-        The current generation's rows outside ``replace`` are carried over (a row written later under the same key
-        wins). Raises UserError where they are of another schema: only a whole run can change that.
+        The current generation's rows of windows that start outside ``replace`` are carried over (a row written later
+        under the same key wins); a null window_start (Whole) is in every range. Raises UserError where they are of
+        another schema: only a whole run can change that.
         """
 
     def resume(self, view: str, schema: pa.Schema, keys: Sequence[str]) -> None:
@@ -86,7 +69,7 @@ class Store(Protocol):
         """
 
     def scan(self, view: str, within: Range = EVERYTHING, *, generation: int | None = None) -> pa.Table:
-        """The rows of the windows that start in a range, in key order; otherwise as ``get``."""
+        """The rows of the windows that start in a range (and those of Whole), in key order; otherwise as ``get``."""
 
     def pointer(self, view: str) -> Pointer | None:
         """What readers see; None before the first run has finished."""
@@ -96,6 +79,12 @@ class Store(Protocol):
 
         Compare-and-set: raises StoreConflict where any of them has been overtaken by a later ``begin``. A repeated
         flip changes nothing, so it may be retried after an unknown outcome.
+        """
+
+    def prune(self, view: str, boundary: int) -> int:
+        """Removes the LIVE rows of windows that end by ``boundary`` (µs): the batch layer speaks for them. Answers how
+        many. Rows without a window_end stay; what is left of deleted ones goes a day later, as it holds off older
+        writes.
         """
 
     def drop(self, view: str, generation: int) -> None:

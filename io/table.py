@@ -15,12 +15,19 @@ The Beam side, which stages from a PCollection, is in ``pipelines.io.write``: no
 """
 
 import dataclasses
-from typing import Literal, Protocol
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
 
 import pyarrow as pa
 import pyarrow.dataset as pads
 
 from pipelines.transforms.errors import UserError
+from pipelines.transforms.ranges import Ranges, joined
+
+
+class TableConflict(UserError):
+    """Another run has committed the version that this one was given: nothing was written. Look again and run again."""
+
 
 STAGED = pa.schema(
     [
@@ -36,24 +43,35 @@ greatest values as JSON. It is an Arrow table, so it travels as every other elem
 
 @dataclasses.dataclass(frozen=True)
 class Between:
-    """Replace the rows of one time range: ``start <= column < end``, in µs since 1970 UTC; None leaves a side open."""
+    """Replace the rows of some time ranges, in one commit. ranges: at least one, in order and apart (``joined``)."""
 
     column: str
-    start: int | None = None
-    end: int | None = None
+    ranges: Ranges
 
     def __post_init__(self) -> None:
-        if self.start is not None and self.end is not None and self.start >= self.end:
-            raise ValueError(f"an empty range: {self.column} from {self.start} to {self.end} µs")
+        if not self.ranges or joined(self.ranges) != self.ranges:
+            raise ValueError(f"{self.column}: empty ranges, or not in order and apart: {self.ranges}")
 
 
-Replace = Literal["nothing", "everything"] | Between
-"""What a commit takes away: nothing (it appends), everything, or the rows of a time range."""
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Replace these files of the table, by name, with others that hold the same rows: what readers see stays."""
+
+    names: frozenset[str]
+
+    def __str__(self) -> str:
+        return f"{len(self.names)} files"
+
+
+Replace = Literal["nothing", "everything"] | Between | Files
+"""What a commit takes away: nothing (it appends), everything, the rows of time ranges, or files that it rewrites."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Commit:
-    """One commit of ours. rows and files: what it staged, not what the table then holds. at: ms since 1970 UTC."""
+    """One commit of ours. rows and files: what it staged, not what the table then holds. at: ms since 1970 UTC.
+    note: what its writer had to say with it, as JSON has it.
+    """
 
     version: int
     token: str
@@ -61,6 +79,18 @@ class Commit:
     files: int
     replace: str
     at: int
+    note: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A file of a table as last committed. least, greatest: of its columns that have statistics, where not all null."""
+
+    name: str
+    rows: int
+    bytes: int
+    least: Mapping[str, Any]
+    greatest: Mapping[str, Any]
 
 
 class Stage(Protocol):
@@ -97,12 +127,15 @@ class Table(Protocol):
     def stage(self, unit: str, *, token: str, version: int) -> Stage:
         """Start the files of a unit. unit: letters, digits, - and _; two units of one commit never share a name."""
 
-    def commit(self, staged: pa.Table, *, token: str, version: int, replace: Replace) -> Commit:
+    def commit(
+        self, staged: pa.Table, *, token: str, version: int, replace: Replace, note: Mapping[str, Any] | None = None
+    ) -> Commit:
         """Make the staged files (STAGED, of all units) the table's, taking away what they replace, in one transaction.
 
-        If (token, version) is already there, gives that commit and writes nothing. Afterwards no file of this version
-        is left that is not in the commit. Raises UserError when another run has committed this version or the columns
-        do not fit, ValueError for staged rows outside the replaced range.
+        note: facts that become the table's with these rows and are told by ``last`` and ``history``, such as how far
+        the source was read. If (token, version) is already there, gives that commit and writes nothing. Afterwards no
+        file of this version is left that is not in the commit. Raises TableConflict when another run has committed this
+        version, UserError when the columns do not fit, ValueError for staged rows outside the replaced ranges.
         """
 
     def dataset(self) -> pads.Dataset:
@@ -113,6 +146,12 @@ class Table(Protocol):
 
         Absolute paths; empty if they are not on this machine's disk, or there is none: then read the dataset.
         """
+
+    def parts(self) -> list[Part]:
+        """The files as last committed, by name. One that is replaced later stays readable for a week."""
+
+    def last(self) -> Commit | None:
+        """Our last commit; None before the first. Its version + 1 is the next one's."""
 
     def history(self) -> list[Commit]:
         """Our commits, newest first, as far back as the table's log goes."""

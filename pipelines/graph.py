@@ -96,10 +96,10 @@ def prepare(pipeline: Pipeline, deployment: Deployment) -> Prepared:
             "events",
             f"{warehouse}/events",
             plan.chain.schema,
-            Replaced("event_time", start, stop) if ranged else "everything",
+            Replaced("event_time", (Range(start, stop),)) if ranged else "everything",
         )
     for view in views:
-        replace: Replace = Replaced("window_start", start, stop) if ranged else "everything"
+        replace: Replace = Replaced("window_start", (Range(start, stop),)) if ranged else "everything"
         outputs[view.name] = _output(view.name, f"{warehouse}/{view.name}", view.schema, replace)
     skipped = tuple(view.name for view in plan.views if view not in views)
     token = _token(plan, history, dimensions, start, stop)
@@ -229,7 +229,7 @@ def _begin(run: Prepared, view: ViewPlan) -> int:
     assert run.deployment.store
     keys = (*view.by, "window_start")
     with open_store(run.deployment.store) as store:
-        return store.begin(f"{run.pipeline.name}.{view.name}", view.schema, keys, Range(run.start, run.stop))
+        return store.begin(f"{run.pipeline.name}.{view.name}", view.schema, keys, (Range(run.start, run.stop),))
 
 
 def _dimension(root: beam.Pipeline, dimension: Dimension, plan: files.Plan) -> beam.PCollection:

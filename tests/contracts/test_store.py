@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.io.sqlite import SqliteStore
-from pipelines.io.store import LIVE, Pointer, Range, Store, StoreConflict
+from pipelines.io.store import LIVE, Pointer, Store, StoreConflict
 from pipelines.transforms.errors import UserError
+from pipelines.transforms.ranges import Range, Ranges
 
 STORES: dict[str, Callable[[Path], Store]] = {
     "sqlite": lambda folder: SqliteStore(folder / "store.db"),
@@ -110,7 +111,7 @@ def test_live_rows_outlive_batch_runs_and_another_definition_is_refused(store: S
 
 def test_a_range_replaces_its_windows_and_carries_the_others_over(store: Store) -> None:
     finished(store, table(("a", 0, 1), ("a", 1, 1), ("a", 2, 1), ("b", 3, 1), (None, 0, 1)))
-    generation = store.begin("v", SCHEMA, KEYS, Range(1 * HOUR, 3 * HOUR))
+    generation = store.begin("v", SCHEMA, KEYS, (Range(1 * HOUR, 3 * HOUR),))
     store.upsert("v", table(("a", 2, 7), ("c", 1, 7)), generation=generation)
     assert store.scan("v").num_rows == 5
     store.flip({"v": Pointer(generation, 0)})
@@ -118,9 +119,54 @@ def test_a_range_replaces_its_windows_and_carries_the_others_over(store: Store) 
     assert content(store.scan("v")) == content(after)
 
 
+def test_several_ranges_replace_their_windows_and_those_between_are_carried_over(store: Store) -> None:
+    finished(store, table(*[("a", hour, 1) for hour in range(8)], (None, None, 1)))
+    generation = store.begin("v", SCHEMA, KEYS, (Range(1 * HOUR, 2 * HOUR), Range(4 * HOUR, 6 * HOUR), Range(7 * HOUR)))
+    store.upsert("v", table(("a", 1, 7), ("a", 5, 7)), generation=generation)
+    store.flip({"v": Pointer(generation, 0)})
+    expected = table(("a", 0, 1), ("a", 1, 7), ("a", 2, 1), ("a", 3, 1), ("a", 5, 7), ("a", 6, 1))
+    assert content(store.scan("v")) == content(expected)
+
+
+def ended(*rows: tuple[str | None, int | None, int, int | None]) -> pa.Table:
+    """Rows of (sensor, hour of the window, n, hour of its end)."""
+    ends = pa.array([None if end is None else end * HOUR for *_, end in rows], UTC_MICROS)
+    return table(*[(sensor, hour, n) for sensor, hour, n, _ in rows]).append_column("window_end", ends)
+
+
+def test_live_rows_that_the_batch_layer_speaks_for_are_pruned(store: Store) -> None:
+    rows = ended(("a", 0, 1, 1), ("a", 1, 1, 2), (None, 1, 1, 3), ("b", 0, 1, None))
+    assert store.prune("v", 9 * HOUR) == 0
+    store.resume("v", rows.schema, KEYS)
+    store.upsert("v", rows, generation=LIVE, version=1)
+    finished(store, rows)
+    assert store.prune("v", 2 * HOUR) == 2
+    assert content(store.scan("v", generation=LIVE)) == content(rows.slice(2))
+    assert content(store.scan("v")) == content(rows)
+    assert store.prune("v", 2 * HOUR) == 0
+
+
+def test_a_deleted_row_holds_off_older_writes_for_a_day(store: Store) -> None:
+    rows = ended(("a", 0, 1, 1))
+    store.resume("v", rows.schema, KEYS)
+    store.delete("v", rows, generation=LIVE, version=2)
+    assert store.prune("v", 24 * HOUR) == 0
+    assert store.upsert("v", rows, generation=LIVE, version=1) == 0
+    assert store.prune("v", 24 * HOUR + 1) == 1
+
+
+def test_a_pruned_row_comes_back_with_a_later_write(store: Store) -> None:
+    rows = ended(("a", 0, 1, 1))
+    store.resume("v", rows.schema, KEYS)
+    store.upsert("v", rows, generation=LIVE, version=1)
+    store.prune("v", HOUR)
+    assert store.upsert("v", rows, generation=LIVE, version=2) == 1
+    assert content(store.scan("v", generation=LIVE)) == content(rows)
+
+
 def test_a_row_of_the_run_wins_over_one_carried_over(store: Store) -> None:
     finished(store, table(("a", 0, 1), ("b", 0, 1)))
-    generation = store.begin("v", SCHEMA, KEYS, Range(5 * HOUR, 6 * HOUR))
+    generation = store.begin("v", SCHEMA, KEYS, (Range(5 * HOUR, 6 * HOUR),))
     store.upsert("v", table(("a", 0, 2)), generation=generation)
     store.flip({"v": Pointer(generation, 0)})
     assert content(store.scan("v")) == content(table(("a", 0, 2), ("b", 0, 1)))
@@ -131,7 +177,7 @@ def test_a_row_deleted_in_a_batch_generation_is_not_carried_over(store: Store) -
     store.upsert("v", table(("a", 0, 1), ("b", 0, 1)), generation=generation)
     store.delete("v", table(("a", 0, 0)), generation=generation, version=1)
     store.flip({"v": Pointer(generation, 0)})
-    generation = store.begin("v", SCHEMA, KEYS, Range(5 * HOUR, None))
+    generation = store.begin("v", SCHEMA, KEYS, (Range(5 * HOUR, None),))
     store.flip({"v": Pointer(generation, 0)})
     assert content(store.scan("v")) == content(table(("b", 0, 1)))
 
@@ -140,9 +186,9 @@ def test_a_range_needs_the_definition_of_the_rows_it_keeps_and_a_whole_run_does_
     finished(store, table(("1", 0, 1)))
     numbers = pa.table({"sensor": [1], "window_start": pa.array([HOUR], UTC_MICROS), "n": [5]})
     with pytest.raises(UserError, match="column sensor is int64, stored as string; run it whole"):
-        store.begin("v", numbers.schema, KEYS, Range(0, HOUR))
+        store.begin("v", numbers.schema, KEYS, (Range(0, HOUR),))
     with pytest.raises(UserError, match="its keys are sensor, stored by sensor, window_start"):
-        store.begin("v", SCHEMA, ("sensor",), Range(0, HOUR))
+        store.begin("v", SCHEMA, ("sensor",), (Range(0, HOUR),))
     finished(store, numbers)
     assert store.scan("v").equals(numbers)
 
@@ -311,7 +357,7 @@ _RANGE = st.builds(Range, *[st.none() | st.integers(0, 4).map(lambda hour: hour 
 _STEP = st.one_of(
     st.tuples(st.just("upsert"), _ROWS, st.booleans(), st.integers(0, 4)),
     st.tuples(st.just("delete"), _ROWS, st.booleans(), st.integers(0, 4)),
-    st.tuples(st.just("begin"), _RANGE),
+    st.tuples(st.just("begin"), st.lists(_RANGE, min_size=1, max_size=3).map(tuple)),
     st.tuples(st.just("flip"), st.integers(0, 9)),
     st.tuples(st.just("drop")),
 )
@@ -337,8 +383,12 @@ class Model:
         target.update(newer)
         return len(newer)
 
-    def begin(self, replace: Range) -> None:
-        self.next = {key: (-1, n) for key, (_, n) in self.read.items() if n is not None and not inside(replace, key[1])}
+    def begin(self, replace: Ranges) -> None:
+        self.next = {
+            key: (-1, n)
+            for key, (_, n) in self.read.items()
+            if n is not None and not any(inside(part, key[1]) for part in replace)
+        }
 
 
 def inside(within: Range, hour: int | None) -> bool:

@@ -16,9 +16,10 @@ import pytest
 from hypothesis import strategies as st
 
 from pipelines.io.delta import Delta
-from pipelines.io.table import STAGED, Between, Commit, Replace, Table, open_table
+from pipelines.io.table import STAGED, Between, Commit, Files, Replace, Table, TableConflict, open_table
 from pipelines.transforms import query
 from pipelines.transforms.errors import UserError
+from pipelines.transforms.ranges import Range, joined
 
 TABLES: dict[str, Callable[[Path, pa.Schema], Table]] = {
     "delta": lambda folder, schema: Delta.open(str(folder / "table"), schema),
@@ -90,7 +91,10 @@ def test_what_is_staged_is_not_seen_before_the_commit(make: Callable[..., Table]
 MICROS = st.integers(0, 12)
 OPERATIONS = st.lists(
     st.tuples(
-        st.one_of(st.sampled_from(["nothing", "everything"]), st.tuples(st.none() | MICROS, st.none() | MICROS)),
+        st.one_of(
+            st.sampled_from(["nothing", "everything"]),
+            st.lists(st.tuples(st.none() | MICROS, st.none() | MICROS), min_size=1, max_size=3),
+        ),
         st.lists(st.lists(st.none() | MICROS, max_size=4), max_size=3),
     ),
     max_size=5,
@@ -105,17 +109,19 @@ def test_any_commits_leave_what_a_list_would_hold(name: str, operations: list[An
     with tempfile.TemporaryDirectory() as folder:
         table = TABLES[name](Path(folder), SCHEMA)
         for version, (what, units) in enumerate(operations, start=1):
-            replace, low, high = what, None, None
-            if isinstance(what, tuple):
-                low, high = what
-                if low is not None and high is not None and low >= high:
+            replace = what
+            if isinstance(what, list):
+                what = [(low, high) for low, high in what if low is None or high is None or low < high]
+                if not what:
                     continue
-                replace = Between("t", low, high)
+                replace = Between("t", joined(Range(low, high) for low, high in what))
 
-            def inside(t: int | None, replace: Any = replace, low: Any = low, high: Any = high) -> bool:
-                if isinstance(replace, str):
-                    return replace == "everything"
-                return t is not None and (low is None or t >= low) and (high is None or t < high)
+            def inside(t: int | None, what: Any = what) -> bool:
+                if isinstance(what, str):
+                    return what == "everything"
+                return t is not None and any(
+                    (low is None or t >= low) and (high is None or t < high) for low, high in what
+                )
 
             new = [[(t, version * 100 + i) for t in unit] for i, unit in enumerate(units)]
             if isinstance(replace, Between):
@@ -165,7 +171,7 @@ def test_of_two_runs_with_one_version_the_second_is_refused(make: Callable[..., 
 
 
 @pytest.mark.parametrize("tokens", [["same"] * 4, ["a", "b", "c", "d"]])
-@pytest.mark.parametrize("replace", ["nothing", "everything", Between("t", 0, 9)])
+@pytest.mark.parametrize("replace", ["nothing", "everything", Between("t", (Range(0, 9),))])
 def test_of_concurrent_commits_of_a_version_one_is_made(
     make: Callable[..., Table], tokens: list[str], replace: Replace
 ) -> None:
@@ -255,7 +261,7 @@ def test_rows_outside_the_replaced_range_are_refused(make: Callable[..., Table],
     table = make()
     staged = stage(table, rows([(5, 1), (moment, 2)] if moment is not None else [(None, 2)]))
     with pytest.raises(ValueError, match="not within"):
-        table.commit(staged, token="run", version=1, replace=Between("t", 0, 10))
+        table.commit(staged, token="run", version=1, replace=Between("t", (Range(0, 10),)))
     assert table.history() == []
 
 
@@ -281,7 +287,7 @@ def test_only_a_whole_replacement_changes_columns(
 
     put(make(there), some(there))
     table = make(here)
-    partial: list[Replace] = ["nothing", Between("t", 0, 9)]
+    partial: list[Replace] = ["nothing", Between("t", (Range(0, 9),))]
     for replace in partial:
         with pytest.raises(UserError, match=change) as told:
             table.check(replace)
@@ -392,11 +398,40 @@ def test_readers_skip_files_by_time_and_key(make: Callable[..., Table]) -> None:
         assert len(list(table.dataset().get_fragments(filter=expression))) == 1
 
 
+def test_a_commit_tells_what_was_noted_with_it(make: Callable[..., Table]) -> None:
+    table = make()
+    assert table.last() is None
+    note = {"offsets": {"0": 7}, "greatest": {"0": None}}
+    made = table.commit(stage(table, rows([(0, 1)])), token="run", version=1, replace="nothing", note=note)
+    assert (made.note, table.last(), make().last()) == (note, made, made)
+    put(table, rows([(0, 2)]), "nothing")
+    last = table.last()
+    assert last is not None
+    assert (last.version, last.note) == (2, {})
+
+
+def test_files_are_rewritten_in_one_commit_and_one_that_is_gone_is_told(make: Callable[..., Table]) -> None:
+    table = make()
+    for v in range(4):
+        put(table, rows([(v, v)]), "nothing")
+    parts = table.parts()
+    assert [(part.rows, part.least["v"], part.greatest["v"]) for part in parts] == [(1, v, v) for v in range(4)]
+    old = table.dataset()
+    some = Files(frozenset(part.name for part in parts[:3]))
+    put(table, rows([(v, v) for v in range(3)]), some, token="rewrite")
+    assert [part.rows for part in table.parts()] == [1, 3]
+    assert values(table) == [0, 1, 2, 3]
+    assert sorted(old.to_table()["v"].to_pylist()) == [0, 1, 2, 3]
+    with pytest.raises(TableConflict, match="another run has replaced a file"):
+        put(table, rows([(0, 0)]), some, token="late")
+    assert values(table) == [0, 1, 2, 3]
+
+
 def test_a_reader_keeps_its_snapshot(make: Callable[..., Table]) -> None:
     table = make()
     put(table, rows([(0, 1), (5, 2)]))
     old = table.dataset()
-    put(table, rows([(5, 3)]), Between("t", 5, 9))
+    put(table, rows([(5, 3)]), Between("t", (Range(5, 9),)))
     put(table, rows([(0, 4)]))
     assert old.to_table() == rows([(0, 1), (5, 2)])
 
@@ -404,7 +439,7 @@ def test_a_reader_keeps_its_snapshot(make: Callable[..., Table]) -> None:
 def test_the_files_are_what_the_dataset_reads(make: Callable[..., Table]) -> None:
     table = make()
     put(table, rows([(0, 1), (5, 2)]))
-    put(table, rows([(5, 3)]), Between("t", 5, 9))
+    put(table, rows([(5, 3)]), Between("t", (Range(5, 9),)))
     found = query.run(f"select v from read_parquet({table.files()}) order by v", {})
     assert found["v"].to_pylist() == values(table) == [1, 3]
 
@@ -422,5 +457,5 @@ def test_a_unit_that_is_no_name_is_refused(make: Callable[..., Table], unit: str
 
 
 def test_an_empty_range_is_refused() -> None:
-    with pytest.raises(ValueError, match="empty range"):
-        Between("t", 5, 5)
+    with pytest.raises(ValueError, match="empty ranges"):
+        Between("t", (Range(5, 5),))

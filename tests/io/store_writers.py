@@ -35,7 +35,7 @@ def rows(hours: range, n: int) -> pa.Table:
 def run(store: SqliteStore, replace: Range, hours: range, n: int) -> None:
     """A batch run over both views, in several transactions, ended by one flip."""
     schema = rows(range(1), 0).schema
-    generations = {view: store.begin(view, schema, KEYS, replace) for view in VIEWS}
+    generations = {view: store.begin(view, schema, KEYS, (replace,)) for view in VIEWS}
     for hour in hours:
         for view, generation in generations.items():
             store.upsert(view, rows(range(hour, hour + 1), n), generation=generation)

@@ -22,6 +22,7 @@ from pipelines.io import parquet
 from pipelines.io.delta import Delta
 from pipelines.io.table import Between, Commit, Replace, open_table
 from pipelines.transforms.errors import UserError
+from pipelines.transforms.ranges import Range
 
 SCHEMA = pa.schema([("t", pa.timestamp("us", tz="UTC")), ("v", pa.int64())])
 
@@ -68,6 +69,7 @@ import json, os, signal, sys
 import pyarrow as pa
 from pipelines.io import delta, parquet
 from pipelines.io.table import Between
+from pipelines.transforms.ranges import Range
 
 def run(uri, replace, version, line, micros):
     seen = 0
@@ -90,7 +92,7 @@ def run(uri, replace, version, line, micros):
         staging = table.stage(f"unit-{unit}", token="run", version=version)
         staging.add(pa.table([[4 + unit], [7]], schema=schema))
         staged.append(staging.finish())
-    replace = Between(*replace) if isinstance(replace, list) else replace
+    replace = Between("t", tuple(Range(*ends) for ends in replace)) if isinstance(replace, list) else replace
     table.commit(pa.concat_tables(staged), token="run", version=version, replace=replace)
     return seen
 
@@ -116,7 +118,7 @@ def run() -> Iterator[Run]:
     send, receive = process.stdin, process.stdout
 
     def run(folder: Path, replace: Replace, version: int | None, line: int, micros: int) -> tuple[int, str]:
-        what = [replace.column, replace.start, replace.end] if isinstance(replace, Between) else replace
+        what = [[part.start, part.stop] for part in replace.ranges] if isinstance(replace, Between) else replace
         print(json.dumps([str(folder), what, version, line, micros]), file=send, flush=True)
         code, said = json.loads(receive.readline())
         return code, said
@@ -127,7 +129,7 @@ def run() -> Iterator[Run]:
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("replace", ["nothing", "everything", Between("t", 3, 7)])
+@pytest.mark.parametrize("replace", ["nothing", "everything", Between("t", (Range(3, 7),))])
 @pytest.mark.parametrize("empty", [False, True])
 def test_a_killed_run_is_made_good_by_its_rerun(
     run: Run, tmp_path: Path, replace: Replace, empty: bool, kills: int
@@ -187,7 +189,7 @@ def foreign(table: Delta, *times: int) -> None:
     [
         ("nothing", [(0, 0), (4, 0), (4, 9), (5, 1), (8, 9)]),
         ("everything", [(5, 1)]),
-        (Between("t", 3, 7), [(0, 0), (5, 1), (8, 9)]),
+        (Between("t", (Range(3, 7),)), [(0, 0), (5, 1), (8, 9)]),
     ],
 )
 def test_what_another_program_committed_meanwhile_counts_as_there_before(
@@ -278,7 +280,7 @@ def test_times_that_another_program_cut_to_milliseconds_are_found_and_replaced(t
     foreign(table, 4, 1999)
     at = pa.scalar(1999, SCHEMA.field("t").type)
     assert table.dataset().count_rows(filter=pa.compute.field("t") == at) == 1
-    put(table, rows(1999, v=1), Between("t", 1999, 2000))
+    put(table, rows(1999, v=1), Between("t", (Range(1999, 2000),)))
     assert content(table) == [(4, 9), (1999, 1)]
 
 
@@ -289,7 +291,7 @@ def test_a_range_rewrites_only_the_files_across_its_edges(table: Delta) -> None:
     for t in range(0, 40, 10):
         put(table, rows(*range(t, t + 10)))
     untouched = Delta(table.uri).files()
-    put(table, rows(15, v=1), Between("t", 12, 25))
+    put(table, rows(15, v=1), Between("t", (Range(12, 25),)))
 
     assert content(table) == [(t, 0) for t in range(12)] + [(15, 1)] + [(t, 0) for t in range(25, 40)]
     assert len(set(untouched) & set(table.files())) == 2
@@ -299,9 +301,9 @@ def test_a_range_rewrites_only_the_files_across_its_edges(table: Delta) -> None:
 
 def test_the_next_range_finds_files_that_end_where_it_begins(table: Delta) -> None:
     put(table, rows(*range(30)))
-    put(table, rows(12, v=1), Between("t", 10, 20))
+    put(table, rows(12, v=1), Between("t", (Range(10, 20),)))
     before = set(table.files())
-    put(table, rows(22, v=1), Between("t", 20, 30))
+    put(table, rows(22, v=1), Between("t", (Range(20, 30),)))
     assert len(before - set(table.files())) == 1
 
 
@@ -312,9 +314,9 @@ def test_replaced_files_stay_for_a_week(table: Delta, monkeypatch: pytest.Monkey
     with monkeypatch.context() as past:
         now = __import__("time").time_ns() - week - 10**9
         past.setattr("pipelines.io.delta.time.time_ns", lambda: now)
-        put(table, rows(0, v=1), Between("t", 0, 1))
+        put(table, rows(0, v=1), Between("t", (Range(0, 1),)))
     second = present(Path(table.uri)) - first
-    put(table, rows(0, v=2), Between("t", 0, 1))
+    put(table, rows(0, v=2), Between("t", (Range(0, 1),)))
     assert not first & present(Path(table.uri))
     assert second <= present(Path(table.uri))
 
@@ -451,5 +453,5 @@ def test_files_of_others_without_statistics_are_read_and_replaced(table: Delta, 
         [AddAction("plain.parquet", size, {}, 0, True, "{}")], "append", deltalake.Schema.from_arrow(SCHEMA)
     )
     assert table.dataset().count_rows(filter=pa.compute.field("v") == 0) == 3
-    put(table, rows(5, v=1), Between("t", 4, 6))
+    put(table, rows(5, v=1), Between("t", (Range(4, 6),)))
     assert content(table) == [(1, 0), (2, 0), (5, 1)]
