@@ -55,9 +55,9 @@ class Dedupe(beam.PTransform):  # type: ignore[misc]
             raise ValueError(f"rows spilled by {self.spill.identity} cannot be compared by {self.identity}")
 
     def expand(self, rows: beam.PCollection) -> Any:
-        once = _Once(self.identity, self.columns, self.pipeline, self.format, self.cipher)
+        once = _Once(self.identity, self.columns, Repeated(self.pipeline, self.format, self.cipher))
         if self.spill is None:
-            shares = rows | "split" >> beam.ParDo(_Split(self.identity, self.buckets))
+            shares = rows | "split" >> beam.ParDo(Split(self.identity, self.buckets))
             part = beam.ParDo(_Bucket(once))
         else:
             shares = rows | "spill" >> beam.ParDo(_Spill(self.spill))
@@ -67,39 +67,49 @@ class Dedupe(beam.PTransform):  # type: ignore[misc]
 
 
 @dataclasses.dataclass(frozen=True)
+class Repeated:
+    """What is given for rows that are not the first of their identity: ``dead`` and ``tallies``."""
+
+    pipeline: str
+    format: str
+    cipher: Cipher | None = None
+
+    def outputs(self, duplicates: int, conflicts: pa.Table, details: pa.Array) -> Iterator[TaggedOutput]:
+        if duplicates:
+            yield TaggedOutput("tallies", tally("source", "duplicate", duplicates))
+        if len(conflicts):
+            yield TaggedOutput("tallies", tally("source", "rejected", len(conflicts), "conflict"))
+            refused = refuse(
+                conflicts,
+                pipeline=self.pipeline,
+                step="dedupe",
+                reason="conflict",
+                detail=details,
+                format=self.format,
+                cipher=self.cipher,
+            )
+            yield TaggedOutput("dead", refused)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Once:
     identity: tuple[str, ...]
     columns: tuple[str, ...]
-    pipeline: str
-    format: str
-    cipher: Cipher | None
+    repeated: Repeated
 
     def outputs(self, rows: pa.Table) -> Iterator[pa.Table]:
         found = deduplicate(rows, self.identity, self.columns)
         del rows
-        if found.duplicates:
-            yield TaggedOutput("tallies", tally("source", "duplicate", found.duplicates))
-        if len(found.conflicts):
-            yield TaggedOutput("tallies", tally("source", "rejected", len(found.conflicts), "conflict"))
-            yield TaggedOutput("dead", self._refused(found.conflicts, found.details))
+        yield from self.repeated.outputs(found.duplicates, found.conflicts, found.details)
         for start in range(0, len(found.rows), _ELEMENT):
             yield found.rows.slice(start, _ELEMENT)
-
-    def _refused(self, conflicts: pa.Table, details: pa.Array) -> pa.Table:
-        return refuse(
-            conflicts,
-            pipeline=self.pipeline,
-            step="dedupe",
-            reason="conflict",
-            detail=details,
-            format=self.format,
-            cipher=self.cipher,
-        )
 
 
 @beam.typehints.with_input_types(pa.Table)
 @beam.typehints.with_output_types(tuple[int, pa.Table])
-class _Split(beam.DoFn):  # type: ignore[misc]
+class Split(beam.DoFn):  # type: ignore[misc]
+    """Row tables to (bucket, its rows), by a stable hash of the identity."""
+
     def __init__(self, identity: tuple[str, ...], buckets: int) -> None:
         self._identity, self._buckets = identity, buckets
 

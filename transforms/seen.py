@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from pipelines.transforms.fingerprints import Lanes, fingerprints
 from pipelines.transforms.identity import differences
+from pipelines.transforms.lateness import NEVER
 
 Ints = npt.NDArray[np.int64]
 
@@ -32,9 +33,6 @@ SEEN = pa.schema(
 )
 """A piece: a row for each row that was kept, by (id_hi, id_lo), equal ones in the order they were kept. Where the row
 stands (source, offset), and the watermark (µs) from which on its identity is forgotten."""
-
-_NEVER = np.iinfo(np.int64).min
-"""The watermark of a partition that has none yet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Seen:
     columns: tuple[str, ...]
 
     def advance(self, pieces: Sequence[pa.Table], rows: pa.Table, expires: Ints) -> Fresh:
-        """One more batch: a row table with `_watermark` (int64 µs, null before the first).
+        """One more batch: a row table with `_watermark` (int64 µs; NEVER, or null, before there is one).
 
         pieces: those that earlier batches and `compacted` gave, in order. expires: for each row, the watermark (µs)
         from which on its identity is forgotten. A row is compared with the first row of its identity whose expiry is
@@ -93,7 +91,7 @@ class _Batch:
         self._ids = ids[:, self._order]
         self._contents = fingerprints(rows, self._content)[:, self._order]
         self._expires = expires[self._order]
-        watermarks = rows["_watermark"].fill_null(_NEVER).to_numpy()
+        watermarks = rows["_watermark"].fill_null(NEVER).to_numpy()
         self._watermarks = watermarks[self._order]
         new = np.ones(len(rows), np.bool_)
         new[1:] = np.any(self._ids[:, 1:] != self._ids[:, :-1], axis=0)
@@ -227,7 +225,7 @@ def compacted(pieces: Sequence[pa.Table], watermark: int | None) -> list[pa.Tabl
         if len(kept[at]) <= following:
             start = at
         following += len(kept[at])
-    return kept if start == len(kept) else [*kept[:start], _merged(kept[start:], watermark)]
+    return kept if start == len(kept) else [*kept[:start], merged(kept[start:], watermark)]
 
 
 def _unexpired(piece: pa.Table, watermark: int | None) -> pa.Table:
@@ -237,7 +235,8 @@ def _unexpired(piece: pa.Table, watermark: int | None) -> pa.Table:
     return piece.filter(pa.array(live)) if 2 * np.count_nonzero(live) <= len(piece) else piece
 
 
-def _merged(pieces: Sequence[pa.Table], watermark: int | None) -> pa.Table:
+def merged(pieces: Sequence[pa.Table], watermark: int | None = None) -> pa.Table:
+    """One piece of many that follow each other, without what expired by the watermark."""
     every = pa.concat_tables(pieces).unify_dictionaries()
     if watermark is not None:
         every = every.filter(pc.greater(every["expires"], watermark))
