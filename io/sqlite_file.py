@@ -17,6 +17,9 @@ _SETTINGS = (
     "journal_size_limit = 67108864",  # the log shrinks to this after a large commit
 )
 
+_PATIENCE = 3
+"""ms within which SQLite looks twice whether a writer is done."""
+
 _FAULTS = {
     "SQLITE_NOTADB": "not a SQLite database; name another file",
     "SQLITE_CANTOPEN": "cannot be opened; check that its folder exists and may be written",
@@ -65,7 +68,7 @@ class SqliteFile:
         """All or nothing; what SQLite finds wrong with the place becomes one line for the user."""
         try:
             connection = self.connection()
-            connection.execute(f"BEGIN {kind}")
+            self._begin(connection, kind)
             try:
                 yield connection
                 connection.execute("COMMIT")
@@ -78,6 +81,19 @@ class SqliteFile:
             if advice is None:
                 raise
             raise UserError(f"{self.kind} {self.path}: {advice}") from error
+
+    def _begin(self, connection: sqlite3.Connection, kind: str) -> None:
+        """SQLite by itself looks again ever more seldom, so that one of several busy writers waits for seconds."""
+        deadline = time.monotonic() + self.timeout
+        while True:
+            try:
+                connection.execute(f"PRAGMA busy_timeout = {_PATIENCE}")
+                connection.execute(f"BEGIN {kind}")
+                connection.execute(f"PRAGMA busy_timeout = {int(self.timeout * 1000)}")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
 
     def connection(self) -> sqlite3.Connection:
         """This thread's."""
