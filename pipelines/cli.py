@@ -17,7 +17,7 @@ import sys
 import textwrap
 import tomllib
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -117,6 +117,8 @@ def cli() -> None:
 @_option("--until", type=_Until(), help="End a live run: at the end of the log, or at an event time.")
 @_option("--since", type=click.Choice(["last"]), help="Batch: only the windows of what the lake has new since then.")
 @_option("--ahead", type=_Length(), default="1h", show_default=True, help="How far an event time may be in the future.")
+@_option("--refresh", type=_Length(), default="1m", show_default=True, help="How old dimensions of a live run get.")
+@_option("--rebuild", is_flag=True, help="Forget the live state, and read the log again from its first offset.")
 @_SET
 @_option("--max_rejected", type=float, metavar="SHARE", help="Refuse the data past this share of rejected rows.")
 @_option("--buckets", type=int, metavar="N", help="Parts of a view's merge; by default what suits the runner.")
@@ -152,9 +154,52 @@ def run(
     from pipelines import progress, warehouse
 
     click.echo(report.head())
-    progress.last()
-    for part in (report.counts(), "", report.views(), *warehouse.sample(declared, deployment.warehouse), report.foot()):
+    rows: Iterable[str] = ()
+    if deployment.mode == "batch":
+        progress.last()
+        rows = warehouse.sample(declared, deployment.warehouse)
+    for part in (report.counts(), "", report.views(), *rows, report.foot()):
         click.echo(part)
+
+
+@cli.command(context_settings=_CONTEXT)
+@_option("--pipeline", metavar="NAME|FILE.py:OBJECT", required=True, help="Whose history.")
+@_option("--history", metavar="URI", help="The files to send: a path, a glob, s3:// or gs://.")
+@_option("--live", metavar="URI", help="The log to send them to: data/log/<pipeline>.db by default.")
+@_option("--rate", type=float, metavar="ROWS/S", help="Rows a second; by default as many as the log takes.")
+@_option("--speedup", type=float, metavar="FACTOR", help="Seconds of event time a second.")
+@_option("--shuffle", default="0s", show_default=True, metavar="DURATION", help="Displace rows by up to this.")
+@_option("--late", type=float, default=0.0, metavar="SHARE", help="Of the rows, sent when they are late for all views.")
+@_option("--duplicate", type=float, default=0.0, metavar="SHARE", help="Of the rows, sent again a little later.")
+@_option("--corrupt", type=float, default=0.0, metavar="SHARE", help="Bad messages to add, as a share of the rows.")
+@_option("--seed", type=int, default=0, metavar="N", help="Another seed disorders other rows; the same one the same.")
+@_option("--from", "from_", type=_Instant(), help="Send from this event time on; UTC unless it has an offset.")
+@_option("--to", type=_Instant(), help="Send up to this event time, exclusive.")
+@_option("--partitions", type=int, metavar="N", help="Partitions 0 to N-1; by default those of the log, else 4.")
+@_SET
+@_JSON
+def replay(
+    pipeline: str,
+    history: str | None,
+    live: str | None,
+    shuffle: str,
+    late: float,
+    duplicate: float,
+    corrupt: float,
+    seed: int,
+    parameters: Sequence[tuple[str, str]],
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Send a pipeline's history to a log, in event-time order and at any pace. Ctrl-C stops it."""
+    from pipelines import definition, send
+    from pipelines.transforms.disorder import Disorder
+
+    declared = definition.load(pipeline, **dict(parameters))
+    disorder = Disorder(shuffle, late, duplicate, corrupt, seed)
+    places = (options.expand(uri) for uri in (history or _history(pipeline, declared), live or _log(declared)))
+    report = send.send(declared, *places, disorder, start=settings.pop("from_"), stop=settings.pop("to"), **settings)
+    click.echo(report.json() if as_json else report.text())
 
 
 @cli.command(context_settings=_CONTEXT)
@@ -252,17 +297,29 @@ def _deployment(name: str, declared: Any, places: dict[str, Any]) -> options.Dep
             raise UserError(f"{declared.name} looks up {lacking[0]}: say where it is with --dimension {lacking[0]}=URI")
         given.update({dimension: embedded[dimension] for dimension in missing})
     if places["mode"] != "batch":
-        places["live"] = places["live"] or f"data/log/{declared.name}.db"
+        places["live"] = places["live"] or _log(declared)
     elif not places["history"] and not places["lake"]:
-        if "HISTORY" not in module:
-            raise UserError(f"{declared.name}: say what to read with --history=URI (a path, a glob, s3:// or gs://)")
-        places["history"] = module["HISTORY"]()
+        places["history"] = _history(name, declared)
     if places["store"] == "none":
         places["store"] = None
     expanded: dict[str, Any] = {
         key: options.expand(value) if isinstance(value, str) else value for key, value in places.items()
     }
     return options.Deployment(dimensions={key: options.expand(uri) for key, uri in given.items()}, **expanded)
+
+
+def _history(name: str, declared: Any) -> str:
+    """Where the history of a built-in example is: HISTORY of its module."""
+    from pipelines import definition
+
+    module = {} if ":" in name else definition.module(name)
+    if "HISTORY" not in module:
+        raise UserError(f"{declared.name}: say what to read with --history=URI (a path, a glob, s3:// or gs://)")
+    return cast(str, module["HISTORY"]())
+
+
+def _log(declared: Any) -> str:
+    return f"data/log/{declared.name}.db"
 
 
 def _fault(test: Callable[[], None]) -> str:

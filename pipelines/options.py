@@ -34,7 +34,8 @@ class Deployment:
     state: where a micro-batch run commits its turns, ``<state>/<pipeline>``. trigger: µs between results. until: when a
     live run ends: "end" once it has read what the log holds, or once its watermark is at an event time. since: "last"
     recomputes only the windows that the lake has new rows of since the last run. ahead: µs that an event time may be
-    past the time at which the log took the event.
+    past the time at which the log took the event. refresh: µs after which dimensions are read again. rebuild: forget
+    the live state and read the log again from its first offset.
     """
 
     history: str | None = None
@@ -53,6 +54,8 @@ class Deployment:
     until: Literal["end"] | datetime.datetime | None = None
     since: Literal["last"] | None = None
     ahead: int = 3_600_000_000
+    refresh: int = 60_000_000
+    rebuild: bool = False
     report: str = "data/run.json"
     mode: str = "batch"
     runner: str = "DirectRunner"

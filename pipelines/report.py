@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from pipelines.definition import Pipeline
 from pipelines.options import Deployment, masked
@@ -32,7 +32,8 @@ class Facts(TypedDict):
     rows: source rows by counter. rejected: by reason. dropped: rejected or filtered behind that, by part ("view:x",
     "exploded") and reason. unmatched: look-ups without a match, by dimension and reason.
     boundary: the time up to which the batch layer now speaks. first, last: the least and greatest event time kept.
-    skipped: views that a range of event times cannot recompute.
+    skipped: views that a range of event times cannot recompute. positions: of a live run, the next offset of each
+    partition.
     """
 
     rows: dict[str, int]
@@ -44,6 +45,7 @@ class Facts(TypedDict):
     first: str | None
     last: str | None
     skipped: list[str]
+    positions: NotRequired[dict[str, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,17 +90,19 @@ class Report:
     def json(self) -> str:
         """The content of ``run.json``."""
         facts = self.facts
+        read, uri = self._read
         told: dict[str, Any] = {
             "pipeline": self.pipeline.name,
             "mode": self.deployment.mode,
             "runner": self.deployment.runner,
-            "history": masked(self.deployment.history or ""),
+            read: masked(uri),
             "rows": facts["rows"],
             "rejected": facts["rejected"],
             "dropped": facts["dropped"],
             "unmatched": facts["unmatched"],
             "views": facts["views"],
             "boundary": facts["boundary"],
+            **({"positions": facts["positions"]} if "positions" in facts else {}),
             **dataclasses.asdict(self.usage),
         }
         return json.dumps(told, indent=2, ensure_ascii=False)
@@ -107,7 +111,16 @@ class Report:
         """What ran, over what."""
         first, last = self.facts["first"], self.facts["last"]
         span = f", {moment(first)} … {moment(last)} UTC" if first and last else ""
-        return f"{title(self.pipeline, self.deployment)}\n  history    {place(self.deployment.history or '')}{span}"
+        read, uri = self._read
+        return f"{title(self.pipeline, self.deployment)}\n  {read:9}  {place(uri)}{span}"
+
+    @property
+    def _read(self) -> tuple[str, str]:
+        """What was read: its flag, and the URI."""
+        deployment = self.deployment
+        if deployment.mode != "batch":
+            return "live", deployment.live or ""
+        return ("history", deployment.history) if deployment.history else ("lake", deployment.lake or "")
 
     def counts(self) -> str:
         """The conservation law, what was rejected and why, look-ups without a match."""
@@ -141,6 +154,9 @@ class Report:
         usage, deployment = self.usage, self.deployment
         took = f"{usage.seconds:.1f} s · {usage.cpu_seconds:.1f} CPU-s · peak {usage.peak_mib:,.0f} MiB"
         store = f" · store {masked(deployment.store)}" if deployment.store else ""
+        if "positions" in self.facts:
+            next_ = " · ".join(f"{name} at {offset:,}" for name, offset in sorted(self.facts["positions"].items()))
+            return f"  {took}{store} · report {masked(deployment.report)}\n  goes on at partition {next_}"
         places = f"warehouse {masked(deployment.warehouse)}{store} · report {masked(deployment.report)}"
         warehouse = "" if deployment.warehouse == Deployment.warehouse else f" --warehouse={deployment.warehouse}"
         return f'  {took} · {places}\n  next: {_command()} query "{_question(self.pipeline)}"{masked(warehouse)}'

@@ -8,6 +8,7 @@ import gc
 import json
 import pydoc
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, cast
@@ -19,6 +20,7 @@ from pipelines.transforms.errors import DataRefused, UserError
 if TYPE_CHECKING:
     import apache_beam as beam
 
+    from pipelines import report
     from pipelines.definition import Pipeline
     from pipelines.report import Report
 
@@ -36,6 +38,27 @@ def run(pipeline: "Pipeline", deployment: Deployment, flags: Sequence[str] = ())
     start = time.perf_counter()
     engine = runners.named(deployment.runner)
     _prepare(deployment)
+    from pipelines import report
+
+    facts = (_batch if deployment.mode == "batch" else _live)(pipeline, deployment, engine, flags)
+    done = report.Report(pipeline, deployment, facts, report.Usage.since(start))
+    _write(deployment.report, done.json() + "\n")
+    return done
+
+
+def _live(pipeline: "Pipeline", deployment: Deployment, engine: runners.Engine, flags: Sequence[str]) -> "report.Facts":
+    from pipelines import live
+
+    if deployment.mode == "stream":
+        said = "here a stream runs as micro-batch, one bounded graph a turn"
+        print(f"{pipeline.name}: {deployment.runner} takes no unbounded graph; {said}", file=sys.stderr)
+    with _told():
+        return cast("report.Facts", live.run(pipeline, deployment, engine, flags))
+
+
+def _batch(
+    pipeline: "Pipeline", deployment: Deployment, engine: runners.Engine, flags: Sequence[str]
+) -> "report.Facts":
     with _uncollected():
         from pipelines import graph, report
         from pipelines.transforms.spill import spill_folder
@@ -47,17 +70,20 @@ def run(pipeline: "Pipeline", deployment: Deployment, flags: Sequence[str] = ())
             graph.build(root, prepared, spill=spill)
 
     disk = contextlib.nullcontext() if engine.DISTRIBUTED else spill_folder()
-    with disk as spill, progress.shown(report.title(pipeline, deployment)):
-        try:
-            engine.run(build, flags)
-        except Exception as error:
-            if (found := mistake(error)) is None:
-                raise
-            raise found from error
-    facts = cast("report.Facts", json.loads(_taken(deployment.facts)))
-    done = report.Report(pipeline, deployment, facts, report.Usage.since(start))
-    _write(deployment.report, done.json() + "\n")
-    return done
+    with disk as spill, progress.shown(report.title(pipeline, deployment)), _told():
+        engine.run(build, flags)
+    return cast("report.Facts", json.loads(_taken(deployment.facts)))
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What a worker raised for the user, raised as that."""
+    try:
+        yield
+    except Exception as error:
+        if (found := mistake(error)) is None:
+            raise
+        raise found from error
 
 
 @contextlib.contextmanager

@@ -1,0 +1,396 @@
+"""A live run in turns: follows a log, keeps the open windows, and gives every change of an answer to the store.
+
+One commit a turn. A turn's answers are delivered after its commit and before the next turn; a run that died in between
+delivers them when it starts again. So nothing is counted twice and nothing is lost, wherever it dies.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from pipelines import turn as graph
+from pipelines.definition import Dimension, Pipeline
+from pipelines.io import files
+from pipelines.io.log import Bounds, Log, open_log
+from pipelines.io.store import LIVE, Store, open_store
+from pipelines.io.table import STAGED, open_table
+from pipelines.io.turns import Turn, Turns
+from pipelines.options import Deployment
+from pipelines.runners import Engine
+from pipelines.runners.microbatch import stopped_by_signals, turns
+from pipelines.transforms.chain import SqlStage
+from pipelines.transforms.conservation import TALLY, Conservation
+from pipelines.transforms.deadletters import DEAD_LETTERS, PURPOSE
+from pipelines.transforms.decoder import Decoder
+from pipelines.transforms.errors import UserError
+from pipelines.transforms.intake import Intake
+from pipelines.transforms.lateness import IDLE_AFTER, NEVER, Lateness, Position
+from pipelines.transforms.lookup import unique
+from pipelines.transforms.messages import Messages
+from pipelines.transforms.protect import Cipher, Key
+from pipelines.transforms.seen import Seen
+from pipelines.transforms.speed import OpenView
+from pipelines.transforms.windows import Duration
+from pipelines.turn import Layer, Next, Span
+
+if TYPE_CHECKING:
+    import apache_beam as beam
+
+TURN_ROWS = 1 << 19
+"""Rows that a turn reads at most, of all partitions: what it holds in memory, and how long it may take."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """How a live run stands after a turn. watermark: µs, None before the first; held: the partition that holds it back.
+    lag: rows that the log has and no turn has read."""
+
+    turn: Turn
+    watermark: int | None
+    held: str | None
+    lag: int
+    counts: Conservation
+
+
+Clock = Callable[[], float]
+"""Seconds, for how long partitions are idle and dimensions old."""
+
+
+def layer(pipeline: Pipeline, deployment: Deployment, buckets: int) -> Layer:
+    """What every graph of the pipeline's speed layer is made of. Raises UserError for what the user can mend."""
+    source, plan = pipeline.source, pipeline.plan(live=True)
+    if not plan.views:
+        raise UserError(f"pipeline {pipeline.name!r} has no views, so a live run has nothing to keep; run it in batch")
+    assert deployment.live
+    chains = (plan.chain, *(view.chain for view in plan.views if view.chain is not None))
+    if source.schema.personal or any(chain.keyed for chain in chains):
+        Key.load()
+    cipher = Cipher(Key.load(), PURPOSE) if source.schema.personal else None
+    disorder, allowed = (Duration.fixed(text, "Source") for text in (source.disorder, source.lateness))
+    with open_log(deployment.live) as log:
+        form, schemas = log.format, log.schemas
+    used = tuple(f for f in source.schema.fields if f.name in plan.columns or source.extra != "ignore")
+    schema = dataclasses.replace(source.schema, fields=used)
+    decoder = Decoder(schema, pipeline.name, source.extra, source.invalid, None, cipher)
+    views = tuple(OpenView(view, Lateness(view.window, allowed)) for view in plan.views)
+    rules = tuple(dict.fromkeys(view.rule for view in views))
+    return Layer(
+        pipeline=pipeline.name,
+        log=deployment.live,
+        intake=Intake(Messages(decoder, form, schemas), plan.event_time, disorder, deployment.ahead, rules, cipher),
+        seen=Seen(source.identities, source.columns) if source.identities else None,
+        plan=plan,
+        views=views,
+        turns=Turns(f"{deployment.state}/{pipeline.name}"),
+        dead_letters=open_table(f"{deployment.dead_letters}/{pipeline.name}.live", DEAD_LETTERS),
+        buckets=deployment.buckets or buckets,
+        disorder=disorder,
+        cipher=cipher,
+        max_rejected=deployment.max_rejected,
+    )
+
+
+def fingerprint(layer: Layer) -> dict[str, str]:
+    """What kept state depends on, by the part that a person would name."""
+
+    def digest(*parts: object) -> str:
+        return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+
+    def steps(chain: Any) -> list[str]:
+        return [stage.sql if isinstance(stage, SqlStage) else stage.label for stage in chain.stages]
+
+    intake = layer.intake
+    parts = {
+        "source": digest(intake.event_time, intake.disorder, layer.seen and (layer.seen.identity, layer.seen.columns)),
+        "steps": digest(steps(layer.plan.chain)),
+        "buckets": str(layer.buckets),
+    }
+    for view in layer.views:
+        own = [] if view.plan.chain is None else steps(view.plan.chain)
+        parts[f"view {view.plan.name}"] = digest(own, view.plan.partial, view.plan.result, view.rule)
+    return parts
+
+
+class SpeedLayer:
+    """Takes turns on one pipeline and delivers what they give. One process at a time: hold ``layer.turns.own()``.
+
+    Guarantee: effectively once. Raises UserError where the kept state is of another definition, DataRefused where the
+    log no longer has what was not read yet.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        deployment: Deployment,
+        engine: Engine,
+        flags: Sequence[str] = (),
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.deployment, self.engine, self.flags, self.clock = deployment, engine, flags, clock
+        self.layer = layer(pipeline, deployment, 8 if engine.DISTRIBUTED else 1)
+        self.fingerprint = fingerprint(self.layer)
+        self.last = self.layer.turns.last()
+        self._log: Log = open_log(self.layer.log)
+        self._store: Store | None = open_store(deployment.store) if deployment.store else None
+        self._dimensions = _Dimensions(pipeline, deployment, clock)
+        self._active: dict[str, float] = {}
+        if deployment.rebuild:
+            self._begin_anew()
+        if self.last is not None:
+            self._refuse_other(self.last.facts["fingerprint"])
+        for view in self.layer.views if self._store is not None else ():
+            assert self._store is not None
+            if self.last is not None and self.last.facts["anew"]:
+                self._store.drop(self._named(view), LIVE)
+            self._store.resume(self._named(view), view.plan.schema, (*view.plan.by, "window_start"))
+        self.layer.turns.sweep()
+
+    def _begin_anew(self) -> None:
+        """A turn that knows nothing; the store's rows go once it is committed, again if this run dies before that."""
+        number = 1 if self.last is None else self.last.number + 1
+        self.last = Turn(number, (), {**graph.NOTHING, "fingerprint": self.fingerprint, "anew": True})
+        self.layer.turns.commit(self.last)
+
+    def close(self) -> None:
+        self._log.close()
+        if self._store is not None:
+            self._store.close()
+
+    @property
+    def positions(self) -> dict[str, Position]:
+        """Where every partition that was ever read is read next."""
+        places = {} if self.last is None else self.last.facts["positions"]
+        return {name: Position(**place) for name, place in places.items()}
+
+    def turn(self) -> bool:
+        """One turn, if there is anything new; whether a backlog is left."""
+        bounds = self._log.bounds()
+        positions = self._positions(bounds)
+        spans = _spans(positions, bounds)
+        idled = {name: self._idled(name, position, positions, bounds) for name, position in positions.items()}
+        if not spans and (self.last is None or idled == self.positions):
+            return False
+        spans = tuple(dataclasses.replace(span, position=idled[span.partition]) for span in spans)
+        dimensions = self._dimensions.now()
+        number = 1 if self.last is None else self.last.number + 1
+        token = _token(number, self.last, spans, self._dimensions.token, self.fingerprint)
+        following = Next(number, spans, idled, self.last, token, self.fingerprint)
+
+        def build(root: "beam.Pipeline") -> None:
+            graph.build(root, self.layer, following, dimensions, distributed=self.engine.DISTRIBUTED)
+
+        self.engine.run(build, self.flags)
+        self.last = self.layer.turns.last()
+        assert self.last is not None and self.last.number == number
+        self.deliver()
+        self.layer.turns.sweep()
+        return any(bounds[name].end > position.offset for name, position in self.positions.items() if name in bounds)
+
+    def deliver(self) -> None:
+        """Gives the last turn's answers to the store, its dead letters to their table. Repeating it changes nothing."""
+        if self.last is None:
+            return
+        facts, number = self.last.facts, self.last.number
+        for view in self.layer.views if self._store is not None else ():
+            for key, pieces in facts["outbox"].items():
+                kind, _, name = key.partition("/")[0].partition(":")
+                if name != view.plan.name or self._store is None:
+                    continue
+                for piece in pieces:
+                    rows = self.layer.turns.read(piece["name"])
+                    if kind == "answers":
+                        self._store.upsert(self._named(view), rows, generation=LIVE, version=number)
+                    else:
+                        self._store.delete(self._named(view), rows, generation=LIVE, version=number)
+        if facts["dead"]:
+            staged = pa.Table.from_pylist(facts["dead"], STAGED)
+            self.layer.dead_letters.commit(staged, token=facts["token"], version=number, replace="nothing")
+
+    def status(self) -> Status | None:
+        """How it stands; None before the first turn."""
+        if self.last is None:
+            return None
+        positions, bounds = self.positions, self._log.bounds()
+        marks = {name: position.watermark(self.layer.disorder) for name, position in positions.items()}
+        held = min(marks, key=lambda name: marks[name]) if marks else None
+        watermark = self.last.facts["watermark"]
+        lag = sum(
+            max(0, bound.end - positions.get(name, Position(bound.start)).offset) for name, bound in bounds.items()
+        )
+        counts = Conservation.of(pa.Table.from_pylist(self.last.facts["tallies"], TALLY))
+        return Status(self.last, None if watermark == NEVER else watermark, held, lag, counts)
+
+    def facts(self) -> dict[str, Any]:
+        """What a run's report is made of, as ``pipelines.report.Facts``."""
+        status = self.status()
+        counts = status.counts if status else Conservation.of(TALLY.empty_table())
+        through = None if status is None else _iso(status.watermark)
+        span = self.last.facts["span"] if self.last else {}
+        views = {}
+        for view in self.layer.views:
+            rows = None if self._store is None else self._store.scan(self._named(view), generation=LIVE)
+            views[view.plan.name] = {
+                "rows": counts.views.get(view.plan.name, (0, 0, 0))[2] if rows is None else len(rows),
+                "digest": f"{0 if rows is None else view.plan.digested(rows):016x}",
+                "complete_through": through,
+            }
+        return {
+            "rows": dict(counts.rows),
+            "rejected": dict(counts.reasons),
+            "dropped": _some(counts.dropped),
+            "unmatched": _some(counts.unmatched),
+            "views": views,
+            "boundary": through,
+            "first": _iso(span.get("first")),
+            "last": _iso(span.get("last")),
+            "skipped": [],
+            "positions": {name: position.offset for name, position in self.positions.items()},
+        }
+
+    def _named(self, view: OpenView) -> str:
+        return f"{self.layer.pipeline}.{view.plan.name}"
+
+    def _positions(self, bounds: dict[str, Bounds]) -> dict[str, Position]:
+        """Also of partitions that are new: they hold the watermark until they have rows, or are idle."""
+        known, now = self.positions, self.clock()
+        for name, bound in bounds.items():
+            self._active.setdefault(name, now)
+            if name not in known:
+                known[name] = Position(bound.start)
+            if bound.end > known[name].offset:
+                self._active[name] = now
+        return known
+
+    def _idled(
+        self, name: str, position: Position, positions: dict[str, Position], bounds: dict[str, Bounds]
+    ) -> Position:
+        """An idle partition's watermark keeps up with the clock, and with the least of those that are not idle."""
+        idle = self.clock() - self._active[name] - IDLE_AFTER if name in self._active else 0.0
+        if idle <= 0:
+            return position
+        busy = [other for other in positions if other in bounds and self.clock() - self._active[other] <= IDLE_AFTER]
+        marks = [positions[other].watermark(self.layer.disorder) for other in busy]
+        own = position.watermark(self.layer.disorder)
+        since = NEVER if position.greatest is None else position.greatest - self.layer.disorder + int(idle * 1_000_000)
+        moved = max(own, since // 1000 * 1000, min(marks, default=NEVER))
+        return position if moved <= own else dataclasses.replace(position, idle=moved)
+
+    def _refuse_other(self, kept: dict[str, str]) -> None:
+        for part in {**kept, **self.fingerprint}:
+            if kept.get(part) != self.fingerprint.get(part):
+                raise UserError(
+                    f"{self.layer.turns.uri}: its state is of another {part} than this definition's; "
+                    "start it again with --rebuild, which reads the log from its first offset"
+                )
+
+
+def _spans(positions: dict[str, Position], bounds: dict[str, Bounds]) -> tuple[Span, ...]:
+    """What a turn reads: a fair share of each partition that has something new."""
+    waiting = {name: bounds[name].end - position.offset for name, position in positions.items() if name in bounds}
+    spans, left = [], TURN_ROWS
+    for number, (name, rows) in enumerate(sorted(((n, r) for n, r in waiting.items() if r), key=lambda item: item[1])):
+        share = max(1, left // (sum(map(bool, waiting.values())) - number))
+        taken = min(rows, share)
+        left -= taken
+        spans.append(Span(name, positions[name], positions[name].offset + taken))
+    return tuple(sorted(spans, key=lambda span: span.partition))
+
+
+def _token(number: int, last: Turn | None, spans: tuple[Span, ...], *others: object) -> str:
+    made = repr((number, last and last.facts["token"], spans, others))
+    return hashlib.blake2b(made.encode(), digest_size=6).hexdigest()
+
+
+def _some(counts: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+    """Without zeros."""
+    told = {name: {why: n for why, n in of.items() if n} for name, of in counts.items()}
+    return {name: of for name, of in told.items() if of}
+
+
+def _iso(micros: int | None) -> str | None:
+    if micros is None or micros == NEVER:
+        return None
+    return (datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC) + datetime.timedelta(microseconds=micros)).isoformat()
+
+
+class _Dimensions:
+    """The pipeline's dimensions as whole tables, read again when they are older than ``--refresh``."""
+
+    def __init__(self, pipeline: Pipeline, deployment: Deployment, clock: Clock) -> None:
+        self.pipeline, self.deployment, self.clock = pipeline, deployment, clock
+        self.tables: dict[str, pa.Table] = {}
+        self.token = ""
+        self._read: float | None = None
+
+    def now(self) -> dict[str, pa.Table]:
+        at = self.clock()
+        if self._read is None or at - self._read >= self.deployment.refresh / 1_000_000:
+            self.tables = {d.name: dimension(d, self.deployment.dimensions[d.name]) for d in self.pipeline.dimensions}
+            self._read = at
+            said = [table.to_pylist() for table in self.tables.values()]
+            self.token = hashlib.blake2b(repr(said).encode(), digest_size=6).hexdigest()
+        return self.tables
+
+
+def dimension(of: Dimension, uri: str) -> pa.Table:
+    """The whole of a dimension, its keys checked. Raises UserError for a row that cannot be read."""
+    decoder = Decoder(of.schema, of.name)
+    parts = [of.schema.arrow.empty_table()]
+    for part in files.plan(uri, of.schema, invalid="stop").splits:
+        for table in files.read(part):
+            decoded = decoder.decode(table)
+            if decoded.dead is not None:
+                first = decoded.dead.slice(0, 1).to_pylist()[0]
+                raise UserError(
+                    f"dimension {of.name}: {first['source']} at {first['offset']}: {first['detail']}; "
+                    "look-ups need every row, so mend or remove it"
+                )
+            parts.append(decoded.rows.select(of.schema.arrow.names))
+    return unique(of.name, of.key, of.valid_from, pa.concat_tables(parts), of.schema.personal)
+
+
+def run(
+    pipeline: Pipeline,
+    deployment: Deployment,
+    engine: Engine,
+    flags: Sequence[str] = (),
+    *,
+    stop: threading.Event | None = None,
+    told: Callable[[SpeedLayer], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Takes turns until ``stop`` is set, by Ctrl-C too, or ``deployment.until`` is reached; answers the facts.
+
+    told: called after every turn.
+    """
+    stop = stop or threading.Event()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(Turns(f"{deployment.state}/{pipeline.name}").own())
+        speed = SpeedLayer(pipeline, deployment, engine, flags)
+        stack.callback(speed.close)
+        stack.enter_context(stopped_by_signals(stop))
+        speed.deliver()
+
+        def step() -> bool:
+            backlog = speed.turn()
+            told(speed)
+            if deployment.until is not None and _ended(speed, deployment, backlog):
+                stop.set()
+            return backlog
+
+        turns(step, trigger=deployment.trigger / 1_000_000, stop=stop)
+        return speed.facts()
+
+
+def _ended(speed: SpeedLayer, deployment: Deployment, backlog: bool) -> bool:
+    if deployment.until == "end":
+        return not backlog
+    status = speed.status()
+    assert isinstance(deployment.until, datetime.datetime)
+    return status is not None and (status.watermark or NEVER) >= deployment.until.timestamp() * 1_000_000
