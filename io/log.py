@@ -14,13 +14,12 @@ import dataclasses
 import datetime
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Literal, Protocol, Self, get_args
 from urllib.parse import quote, unquote
 
 import pyarrow as pa
 
-from pipelines.transforms import buckets
 from pipelines.transforms.errors import DataRefused, UserError
 
 Format = Literal["json", "avro", "arrow"]
@@ -176,17 +175,6 @@ def open_log(uri: str) -> Log:
     if not path:
         raise UserError(f"--live={uri}: no such log; give a path (data/log/flights.db) or sqlite:///path")
     return SqliteLog(path, Options.of(uri, query))
-
-
-def routed(rows: pa.Table, keys: Sequence[str], partitions: Sequence[str]) -> dict[str, pa.Table]:
-    """The rows of each partition that gets any, in their order: equal keys always meet in one partition.
-
-    By the stable hash of ``keys`` modulo the partitions, so it holds for any producer, as long as their number does.
-
-    >>> routed(pa.table({"k": ["a", "b", "a"], "x": [1, 2, 3]}), ["k"], ["0", "1"])["0"]["x"].to_pylist()
-    [1, 3]
-    """
-    return {partitions[number]: part for number, part in buckets.split(rows, keys, len(partitions))}
 
 
 def refuse_gone(uri: str, partition: str, offset: int, held: Bounds) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines.io.log import Bounds, Options, open_log, routed
+from pipelines.io.log import Bounds, Options, open_log
 from pipelines.io.sqlite import SqliteStore
 from pipelines.io.sqlite_log import SqliteLog
 from pipelines.io.sqlite_messages import SLICE
@@ -196,19 +196,6 @@ def test_a_read_uses_the_key(tmp_path: Path) -> None:
         [query] = [statement for statement in statements if "FROM batches" in statement]
         [(*_, detail)] = connection.execute(f"EXPLAIN QUERY PLAN {query}").fetchall()
     assert detail == "SEARCH batches USING INDEX sqlite_autoindex_batches_1 (partition=? AND last>?)"
-
-
-def test_equal_keys_meet_in_one_partition() -> None:
-    rows = pa.table({"k": [f"k{n % 100}" for n in range(1000)], "n": range(1000)})
-    names = ["0", "1", "2", "other"]
-    parts = routed(rows, ["k"], names)
-    assert sorted(n for part in parts.values() for n in part["n"].to_pylist()) == list(range(1000))
-    assert all(part["n"].to_pylist() == sorted(part["n"].to_pylist()) for part in parts.values())
-    places = [(key, name) for name, part in parts.items() for key in set(part["k"].to_pylist())]
-    assert len(places) == len(dict(places)) == 100
-    assert {name: part.num_rows for name, part in routed(rows.slice(500), ["k"], names).items()} == {
-        name: part.num_rows // 2 for name, part in parts.items()
-    }
 
 
 @pytest.mark.parametrize(
