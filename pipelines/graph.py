@@ -16,7 +16,7 @@ from pipelines.commit import Commit, Output
 from pipelines.definition import Dimension, Pipeline
 from pipelines.io import files
 from pipelines.io.read import ReadFiles
-from pipelines.io.store import Range, open_store
+from pipelines.io.store import open_store
 from pipelines.io.table import Between as Replaced
 from pipelines.io.table import Replace, Table, open_table
 from pipelines.io.upsert import WriteStore
@@ -34,6 +34,7 @@ from pipelines.transforms.dedupe import Dedupe
 from pipelines.transforms.errors import UserError
 from pipelines.transforms.lookup import unique
 from pipelines.transforms.protect import Cipher, Key
+from pipelines.transforms.ranges import Range
 from pipelines.transforms.schema import RowSchema
 from pipelines.transforms.spill import Shelf, Spill, partitions
 from pipelines.transforms.view import ViewPlan

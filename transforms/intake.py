@@ -31,6 +31,18 @@ class Taken:
 
 
 @dataclasses.dataclass(frozen=True)
+class Dated:
+    """rows: the row table. times: their event times (µs), where ``known``: the chain refuses the others. dead:
+    DEAD_LETTERS. tallies: TALLY, of source rows read and rejected."""
+
+    rows: pa.Table
+    times: npt.NDArray[np.int64]
+    known: npt.NDArray[np.bool_]
+    dead: pa.Table
+    tallies: pa.Table
+
+
+@dataclasses.dataclass(frozen=True)
 class Intake:
     """How a log's messages become rows. event_time: SQL over the source's columns. disorder: µs that the watermark
     waits. ahead: µs that an event time may be past the time at which the log took its message: a later one is refused,
@@ -42,16 +54,33 @@ class Intake:
     event_time: str
     disorder: int
     ahead: int
-    rules: tuple[Lateness, ...]
+    rules: tuple[Lateness, ...] = ()
     cipher: Cipher | None = None
 
     def take(self, messages: pa.Table, position: Position) -> Taken:
         """messages: of one partition, in offset order, from ``position`` on."""
         if not len(messages):
             return Taken(messages, DEAD_LETTERS.empty_table(), merge([]), position)
+        dated = self.dated(messages)
+        times, known = dated.times, dated.known
+        before, greatest = watermarks(times, known, position, self.disorder)
+        rows = dated.rows.append_column(WATERMARK, pa.array(before))
+        expires = np.max([rule.expires(times) for rule in self.rules], axis=0)
+        expires[~known] = NEVER
+        late = known & (expires <= before)
+        rows = rows.append_column(EXPIRES, pa.array(expires))
+        return Taken(
+            rows.filter(pa.array(~late)) if late.any() else rows,
+            dated.dead,
+            merge([dated.tallies, tally("source", "late", int(late.sum()))]),
+            dataclasses.replace(position, offset=next_offset(messages), greatest=greatest),
+        )
+
+    def dated(self, messages: pa.Table) -> Dated:
+        """The rows of some messages of one partition that can be read and are not of the future, late or not."""
         decoded = self.messages.decode(messages)
         rows, dead = decoded.rows, [] if decoded.dead is None else [decoded.dead]
-        read = len(rows) + sum(map(len, dead))
+        tallies = [tally("source", "read", len(rows) + sum(map(len, dead)))]
         times, known = self._times(rows)
         published = rows[PUBLISHED.name].cast(pa.int64()).to_numpy()
         rows = rows.drop_columns([PUBLISHED.name])
@@ -59,24 +88,10 @@ class Intake:
         if future.any():
             dead.append(self._refused(rows.filter(pa.array(future))))
             rows, times, known = rows.filter(pa.array(~future)), times[~future], known[~future]
-        before, greatest = watermarks(times, known, position, self.disorder)
-        rows = rows.append_column(WATERMARK, pa.array(before))
-        expires = np.max([rule.expires(times) for rule in self.rules], axis=0)
-        expires[~known] = NEVER
-        late = known & (expires <= before)
-        rows = rows.append_column(EXPIRES, pa.array(expires))
-        last = messages.slice(len(messages) - 1)
-        end = last["_offset"][0].as_py() + last["_rows"][0].as_py()
-        tallies = [tally("source", "read", read), tally("source", "late", int(late.sum()))]
         for letters in dead:
             for count in pc.value_counts(letters["reason"]).to_pylist():
                 tallies.append(tally("source", "rejected", count["counts"], count["values"]))
-        return Taken(
-            rows.filter(pa.array(~late)) if late.any() else rows,
-            pa.concat_tables([DEAD_LETTERS.empty_table(), *dead]),
-            merge(tallies),
-            dataclasses.replace(position, offset=end, greatest=greatest),
-        )
+        return Dated(rows, times, known, pa.concat_tables([DEAD_LETTERS.empty_table(), *dead]), merge(tallies))
 
     def _times(self, rows: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """The event times (µs), and which rows have one; the chain refuses the others."""
@@ -97,3 +112,9 @@ class Intake:
             format=self.messages.format,
             cipher=self.cipher,
         )
+
+
+def next_offset(messages: pa.Table) -> int:
+    """One past the last row of some messages in order."""
+    last = messages.slice(len(messages) - 1)
+    return int(last["_offset"][0].as_py() + last["_rows"][0].as_py())

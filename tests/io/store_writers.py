@@ -15,7 +15,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipelines.io.sqlite import SqliteStore
-from pipelines.io.store import LIVE, Pointer, Range
+from pipelines.io.store import LIVE, Pointer
+from pipelines.transforms.ranges import Range
 
 HOUR = 3_600_000_000
 KEYS = ("sensor", "window_start")

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pytest
 
 from pipelines.io.sqlite import SqliteStore
-from pipelines.io.store import LIVE, Pointer, Range, open_store
+from pipelines.io.store import LIVE, Pointer, open_store
 from pipelines.transforms.errors import UserError
+from pipelines.transforms.ranges import Range
 
 HOUR = 3_600_000_000
 KEYS = ("sensor", "window_start")
