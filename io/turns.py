@@ -150,7 +150,8 @@ class Turns:
         keep = {_file(number) for number in numbers}
         keep |= {f"{name}.arrow" for number in numbers for name in self._turn(number).files}
         gone = [name for name in self._folder.names() if _OURS.fullmatch(name) and name not in keep]
-        self._folder.remove(sorted(gone, reverse=True))  # turns first, so that none outlives its files
+        gone.sort(key=lambda name: name.endswith(".arrow"))
+        self._folder.remove(gone)  # turns first: none outlives its files
         for name in gone:
             _KEPT.drop((self.uri, name.removesuffix(".arrow")))
 

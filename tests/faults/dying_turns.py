@@ -1,13 +1,13 @@
 """Processes that write turns, for test_turn_kills.py: some kill themselves at a point, some compete.
 
 python dying_turns.py killed FOLDER SEED KILLS    a line of JSON each: what it had committed, and how it ended
-python dying_turns.py competing FOLDER PROCESSES TURNS    a line of JSON each: the turns that it committed
+python dying_turns.py competing FOLDER PROCESSES TURNS    a line of JSON each: who, and the turns that it committed
 python dying_turns.py owning FOLDER    owns the folder, says so, and never ends
 
-A point is a call, or the return from one, of anything that ``Turns`` does, counted over all threads: between any two
-system calls there are several.
+A point is right before or right after a system call, counted over all threads: nothing else changes what is there.
 """
 
+import io
 import itertools
 import json
 import os
@@ -18,6 +18,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pyarrow as pa
@@ -34,7 +35,7 @@ def rows(name: str) -> pa.Table:
 
 def turn(number: int) -> Turn:
     """Three new files, and those of the turn before."""
-    files = [f"open-{of}-{part}" for of in (number - 1, number) if of for part in range(3)]
+    files = [f"view-{of}-{part}" for of in (number - 1, number) if of for part in range(3)]
     return Turn(number, tuple(files), {"offset": number * 100})
 
 
@@ -76,8 +77,9 @@ def points(folder: Path, until: int, stop_at: int) -> None:
     """Takes turns and dies at a point; or else tells after the turns how many points there were."""
     counter = itertools.count(1)
 
-    def passed(*_: Any) -> None:
-        if next(counter) == stop_at:
+    def passed(_: FrameType, event: str, called: Any) -> None:
+        system = event.startswith("c_") and (called.__module__ == "posix" or isinstance(called.__self__, io.FileIO))
+        if system and next(counter) == stop_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
     turns = Turns(str(folder))
@@ -115,9 +117,9 @@ def competing(folder: Path, processes: int, until: int) -> None:
             try:
                 turns.commit(Turn(number, (name,), {"who": who}))
                 mine.append(number)
-            except Overtaken:
+            except Overtaken:  # or another has gone on from this turn before this process looked again
                 continue
-        say(json.dumps(mine))
+        say(json.dumps([who, mine]))
 
     children = []
     for who in range(processes):

@@ -305,7 +305,9 @@ def test_the_second_owner_is_refused_in_a_line(tmp_path: Path) -> None:
 
 def test_a_program_that_the_owner_starts_does_not_own(tmp_path: Path) -> None:
     with Turns(str(tmp_path)).own():
-        child = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
+        command = [sys.executable, "-S", "-c", "print('here', flush=True); input()"]
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, close_fds=False)
+    assert child.stdout and child.stdout.readline() == b"here\n"
     try:
         with open(tmp_path / "owner.lock") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
