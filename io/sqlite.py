@@ -14,7 +14,7 @@ from typing import Any, Self
 import pyarrow as pa
 
 from pipelines.io.sqlite_file import SqliteFile
-from pipelines.io.sqlite_rows import SLICE, Layout
+from pipelines.io.sqlite_rows import SLICE, VERSION, Layout
 from pipelines.io.store import LIVE, Pointer, StoreConflict
 from pipelines.transforms.errors import UserError
 from pipelines.transforms.ranges import EVERYTHING, Range, Ranges
@@ -83,13 +83,15 @@ class SqliteStore:
             else:
                 _create(connection, layout)
 
-    def upsert(self, view: str, rows: pa.Table, *, generation: int, version: int = 0) -> int:
+    def upsert(self, view: str, rows: pa.Table, *, generation: int, version: int | pa.ChunkedArray = 0) -> int:
+        if not isinstance(version, int):
+            return self._write(view, rows.append_column(VERSION, version), generation, None, deleted=False)
         return self._write(view, rows, generation, version, deleted=False)
 
     def delete(self, view: str, keys: pa.Table, *, generation: int, version: int) -> int:
         return self._write(view, keys, generation, version, deleted=True)
 
-    def _write(self, view: str, rows: pa.Table, generation: int, version: int, deleted: bool) -> int:
+    def _write(self, view: str, rows: pa.Table, generation: int, version: int | None, deleted: bool) -> int:
         with self._file.transaction("IMMEDIATE") as connection:
             pointer = _pointer(connection, view)
             if pointer and pointer.generation == generation:

@@ -20,7 +20,8 @@ SLICE = 16_384
 """Rows that are Python objects at a time."""
 
 _WINDOW, _END = "window_start", "window_end"
-_BOOKKEEPING = ("_version", "_deleted")
+VERSION = "_version"
+_BOOKKEEPING = (VERSION, "_deleted")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +72,13 @@ class Layout:
         columns += [f"{name} INTEGER NOT NULL" for name in _BOOKKEEPING]
         return f"CREATE TABLE {self.table} ({', '.join(columns)}, PRIMARY KEY ({_list(self.keys)})) WITHOUT ROWID"
 
-    def upsert(self, version: int, deleted: bool) -> str:
+    def upsert(self, version: int | None, deleted: bool) -> str:
+        """version: of every row; None: a record ends with its own."""
         given = self.keys if deleted else (*self.keys, *self.values)
         replaced = (f"{quote(name)} = excluded.{quote(name)}" for name in (*self.values, *_BOOKKEEPING))
         return (
             f"INSERT INTO {self.table} ({_list((*given, *_BOOKKEEPING))})"
-            f" VALUES ({'?, ' * len(given)}{version:d}, {deleted:d})"
+            f" VALUES ({'?, ' * len(given)}{'?' if version is None else version}, {deleted:d})"
             f" ON CONFLICT ({_list(self.keys)}) DO UPDATE SET {', '.join(replaced)} WHERE excluded._version > _version"
         )
 
@@ -115,9 +117,11 @@ class Layout:
         return f"(typeof({_WINDOW}) <> 'integer' OR {sql(within, _WINDOW)})"
 
     def records(self, rows: pa.Table, deleted: bool = False) -> Iterator[tuple[Any, ...]]:
-        """Rows as records for ``upsert``, in key order: neighbours share a page."""
-        rows = self._plain(rows, self.keys if deleted else (*self.keys, *self.values))
-        rows = rows.sort_by([(key, "ascending") for key in self.keys])
+        """Rows as records for ``upsert``, in key order: neighbours share a page. Rows may have a ``_version`` each."""
+        plain = self._plain(rows, self.keys if deleted else (*self.keys, *self.values))
+        if VERSION in rows.column_names:
+            plain = plain.append_column(VERSION, rows[VERSION])
+        rows = plain.sort_by([(key, "ascending") for key in self.keys])
         for start in range(0, len(rows), SLICE):
             part = rows.slice(start, SLICE)
             yield from zip(*(self._cells(part, name) for name in part.column_names), strict=True)

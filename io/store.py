@@ -53,9 +53,10 @@ class Store(Protocol):
     def resume(self, view: str, schema: pa.Schema, keys: Sequence[str]) -> None:
         """Makes the LIVE generation ready. Raises UserError where it holds rows of another schema."""
 
-    def upsert(self, view: str, rows: pa.Table, *, generation: int, version: int = 0) -> int:
+    def upsert(self, view: str, rows: pa.Table, *, generation: int, version: int | pa.ChunkedArray = 0) -> int:
         """Writes rows (all of the schema's columns, keys distinct) where newer than what is there, in one transaction.
 
+        version: of all the rows, or one for each (int64).
         Answers how many were newer. Raises StoreConflict where the generation has been removed or has been read.
         """
 

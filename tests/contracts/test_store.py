@@ -86,6 +86,14 @@ def test_a_write_counts_only_if_newer(store: Store) -> None:
     assert content(store.scan("v", generation=LIVE)) == content(table(("a", 0, 1), ("b", 0, 4), ("c", 0, 2)))
 
 
+def test_every_row_may_have_a_version_of_its_own(store: Store) -> None:
+    store.resume("v", SCHEMA, KEYS)
+    versions = (pa.chunked_array([pa.array(some, pa.int64())]) for some in ([5, 7], [6, 6]))
+    assert store.upsert("v", table(("b", 0, 1), ("a", 0, 1)), generation=LIVE, version=next(versions)) == 2
+    assert store.upsert("v", table(("b", 0, 2), ("a", 0, 2)), generation=LIVE, version=next(versions)) == 1
+    assert content(store.scan("v", generation=LIVE)) == content(table(("a", 0, 1), ("b", 0, 2)))
+
+
 def test_a_deleted_row_stays_deleted_when_an_older_write_arrives(store: Store) -> None:
     store.resume("v", SCHEMA, KEYS)
     store.upsert("v", table(("a", 0, 1), ("b", 0, 1)), generation=LIVE, version=1)
