@@ -197,8 +197,15 @@ def replay(
 
     declared = definition.load(pipeline, **dict(parameters))
     disorder = Disorder(shuffle, late, duplicate, corrupt, seed)
-    places = (options.expand(uri) for uri in (history or _history(pipeline, declared), live or _log(declared)))
-    report = send.send(declared, *places, disorder, start=settings.pop("from_"), stop=settings.pop("to"), **settings)
+    report = send.send(
+        declared,
+        options.expand(history or _history(pipeline, declared)),
+        options.expand(live or _log(declared)),
+        disorder,
+        start=settings.pop("from_"),
+        stop=settings.pop("to"),
+        **settings,
+    )
     click.echo(report.json() if as_json else report.text())
 
 

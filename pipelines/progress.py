@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import shutil
 import sys
 import threading
@@ -14,16 +15,19 @@ from pipelines.transforms.progress import Progress
 BAR = 28
 LINE_SECONDS = 5.0
 FRAME_SECONDS = 0.1
+_EPOCH = datetime.datetime(1970, 1, 1)
 
 
 def told(state: Progress) -> str:
-    """The state in words: rows and their rate while reading, and from the share done the time left for reading.
+    """The state in words: rows, their rate and the event time reached, and from the share done the time left.
 
     >>> told(Progress(rows=500_000, seconds=2.0, done=50, total=100))
     '500,000 rows · 250k rows/s · 0:02 left'
     """
     rate = state.rows / max(state.seconds, 1e-9)
     words = f"{state.rows:,} rows · {f'{rate / 1000:,.0f}k' if rate >= 1000 else f'{rate:,.0f}'} rows/s"
+    if state.reached is not None:
+        words += f" · {_EPOCH + datetime.timedelta(microseconds=state.reached):%Y-%m-%d %H:%M}"
     if not state.total or not state.done:
         return words
     if state.done >= state.total:

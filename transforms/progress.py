@@ -12,13 +12,15 @@ import time
 class Progress:
     """Rows read, and the seconds from `expect` to the last of them; done of total in the plan's unit.
 
-    The unit is rows where footers tell them, else bytes. total None: not known.
+    The unit is rows where footers tell them, else bytes. total None: not known. reached: the event time, µs, of rows
+    that come in its order.
     """
 
     rows: int = 0
     seconds: float = 0.0
     done: int = 0
     total: int | None = None
+    reached: int | None = None
 
 
 _lock = threading.Lock()
@@ -33,7 +35,7 @@ def expect(total: int | None) -> None:
         _progress, _start = Progress(total=total), time.perf_counter()
 
 
-def advance(rows: int, done: int | None = None) -> None:
+def advance(rows: int, done: int | None = None, *, reached: int | None = None) -> None:
     """Rows just read; done: the same in the plan's unit, where that is not rows.
 
     >>> expect(10)
@@ -45,7 +47,7 @@ def advance(rows: int, done: int | None = None) -> None:
     with _lock:
         before, seconds = _progress, time.perf_counter() - _start
         done = before.done + (rows if done is None else done)
-        _progress = Progress(before.rows + rows, seconds, done, before.total)
+        _progress = Progress(before.rows + rows, seconds, done, before.total, reached)
 
 
 def now() -> Progress:
