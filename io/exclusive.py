@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa
 
@@ -30,7 +30,13 @@ _SYNCS = 8
 
 
 class Folder(Protocol):
-    """The files of one folder, by name. The folder is made at the first write."""
+    """The files of one folder, by name. The folder is made at the first write.
+
+    alone: whether its owner is the only one that writes to it.
+    """
+
+    @property
+    def alone(self) -> bool: ...
 
     def own(self) -> contextlib.AbstractContextManager[None]:
         """While it is held, no other process of this machine can hold it. Raises UserError if one does, or cannot."""
@@ -83,6 +89,7 @@ class _Local:
     """A folder of this machine. Files come into being whole: written aside, then given their name."""
 
     folder: Path
+    alone: ClassVar[bool] = True
 
     @contextlib.contextmanager
     def own(self) -> Iterator[None]:
@@ -165,6 +172,7 @@ class _Remote:
     uri: str
     files: Any
     path: str
+    alone: ClassVar[bool] = False
 
     @contextlib.contextmanager
     def own(self) -> Iterator[None]:

@@ -19,6 +19,7 @@ import dataclasses
 import json
 import re
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
@@ -30,6 +31,7 @@ CACHE = 256 << 20
 """Bytes of state that a process keeps in memory, as it lies on disk."""
 
 _FORMAT = 1
+_INTENT = "next.json"
 _OPTIONS = pa.ipc.IpcWriteOptions(unify_dictionaries=True)
 _OURS = re.compile(rf"turn-(\d{{10}})\.json|[\w=-][\w.=-]*\.arrow|{re.escape(ASIDE)}\w+")
 
@@ -73,6 +75,7 @@ class Turns:
         self.uri = uri.rstrip("/") if len(uri) > 1 else uri
         self._folder = folder(self.uri)
         self._synced: frozenset[str] = frozenset()
+        self._before: frozenset[str] = frozenset()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Turns, (self.uri,)
@@ -87,12 +90,24 @@ class Turns:
 
     def last(self) -> Turn | None:
         """The turn with the greatest number; None before the first. Raises UserError if it is damaged."""
-        numbers = self._numbers()
+        numbers = _numbers(self._folder.names())
         if not numbers:
             return None
         turn = self._turn(numbers[-1])
         self._synced = frozenset(turn.files)
         return turn
+
+    def turn(self, number: int) -> Turn:
+        """The turn of a number: of those that are left, which are at least the last two."""
+        return self._turn(number)
+
+    def intend(self, text: str) -> None:
+        """Notes what the next turn is about, for the workers that take it. It is no part of any turn."""
+        self._folder.write(_INTENT, pa.py_buffer(text.encode()))
+
+    def intended(self) -> str:
+        """What ``intend`` noted last."""
+        return self._read(_INTENT).to_pybytes().decode()
 
     def write(self, name: str, table: pa.Table) -> None:
         """Writes a state file, any Arrow types; on disk when the turn that names it is committed.
@@ -130,34 +145,34 @@ class Turns:
         Committing the same turn again does nothing. Raises Overtaken where its number, or a later one, is another
         process's.
         """
-        numbers = self._numbers()
+        before = self._folder.names()
+        numbers = _numbers(before)
         if numbers and turn.number > numbers[-1] + 1:
             raise ValueError(f"turn {turn.number} does not follow turn {numbers[-1]}")
         fresh = sorted(f"{name}.arrow" for name in set(turn.files) - self._synced)
         encoded, file = turn.encoded(), _file(turn.number)
         if not self._folder.create(file, encoded, after=fresh) and self._read(file).to_pybytes() != encoded:
             raise self._overtaken(turn.number)
-        if self._numbers()[-1] > turn.number:
+        if _numbers(self._folder.names())[-1] > turn.number:
             raise self._overtaken(turn.number)
-        self._synced = frozenset(turn.files)
+        self._synced, self._before = frozenset(turn.files), frozenset(before)
 
     def sweep(self) -> None:
         """Removes every file of ours that neither the last turn names nor the one before.
 
-        For the owner, between turns: what another process is just writing goes too.
+        For the owner, between turns. Where another process may be writing all the same, it removes only what was there
+        before this one's last commit: whoever wrote that comes too late to commit it.
         """
-        numbers = self._numbers()[-2:]
+        names = self._folder.names()
+        numbers = _numbers(names)[-2:]
         keep = {_file(number) for number in numbers}
         keep |= {f"{name}.arrow" for number in numbers for name in self._turn(number).files}
-        gone = [name for name in self._folder.names() if _OURS.fullmatch(name) and name not in keep]
+        swept = names if self._folder.alone else self._before.intersection(names)
+        gone = [name for name in swept if _OURS.fullmatch(name) and name not in keep]
         gone.sort(key=lambda name: name.endswith(".arrow"))
         self._folder.remove(gone)  # turns first: none outlives its files
         for name in gone:
             _KEPT.drop((self.uri, name.removesuffix(".arrow")))
-
-    def _numbers(self) -> list[int]:
-        found = (_OURS.fullmatch(name) for name in self._folder.names())
-        return sorted(int(match[1]) for match in found if match and match[1])
 
     def _turn(self, number: int) -> Turn:
         file = _file(number)
@@ -190,6 +205,12 @@ class Turns:
 
 def _file(number: int) -> str:
     return f"turn-{number:010d}.json"
+
+
+def _numbers(names: Iterable[str]) -> list[int]:
+    """The turns among files, in order."""
+    found = (_OURS.fullmatch(name) for name in names)
+    return sorted(int(match[1]) for match in found if match and match[1])
 
 
 class _Kept:

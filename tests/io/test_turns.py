@@ -110,9 +110,10 @@ def test_a_turn_long_swept_away_is_refused_all_the_same(uri: str) -> None:
         one.sweep()
     with pytest.raises(Overtaken, match="turn 2"):
         commit(other, 2, "b-2")
-    one.sweep()
     assert one.last() == last
-    assert names(uri) == ["a-4.arrow", "a-5.arrow", "turn-0000000004.json", "turn-0000000005.json"]
+    commit(one, 6, "a-6")
+    one.sweep()
+    assert names(uri) == ["a-5.arrow", "a-6.arrow", "turn-0000000005.json", "turn-0000000006.json"]
 
 
 def test_of_many_who_commit_a_turn_at_once_one_succeeds(tmp_path: Path) -> None:
@@ -153,11 +154,27 @@ def test_sweep_keeps_two_turns_and_what_is_not_ours(tmp_path: Path) -> None:
         turns.read("a-1")
 
 
-def test_sweep_of_an_empty_folder(uri: str) -> None:
+def test_a_sweep_before_the_first_turn(uri: str, tmp_path: Path) -> None:
     Turns(uri).sweep()
-    Turns(uri).write("a", rows(1))
-    Turns(uri).sweep()
-    assert names(uri) == []
+    Turns(str(tmp_path)).write("a", rows(1))
+    Turns(str(tmp_path)).sweep()
+    assert [path for path in tmp_path.iterdir() if path.is_file()] == []
+
+
+def test_where_nobody_is_alone_a_sweep_leaves_what_another_may_yet_commit() -> None:
+    uri = f"memory://{uuid.uuid4()}/live"
+    one, other = Turns(uri), Turns(uri)
+    one.write("dead", rows(1))
+    commit(one, 1, "a-1")
+    other.write("b-2", rows(2))
+    one.sweep()
+    other.sweep()
+    assert names(uri) == ["a-1.arrow", "b-2.arrow", "turn-0000000001.json"]
+    commit(one, 2, "a-2")
+    one.sweep()
+    assert names(uri) == ["a-1.arrow", "a-2.arrow", "turn-0000000001.json", "turn-0000000002.json"]
+    with pytest.raises(Overtaken):
+        other.commit(Turn(2, ("b-2",), {}))
 
 
 @pytest.mark.parametrize("left", [0, 1, 40, -1])
