@@ -12,6 +12,7 @@ from typing import Any, ClassVar, cast
 
 import fastavro
 import pyarrow as pa
+from fastavro.schema import SchemaParseException, UnknownType
 
 from pipelines.transforms.payloads import Faults, Parsed, path, untexted
 from pipelines.transforms.schema import RowSchema
@@ -97,7 +98,7 @@ class Avro:
 
     def parse(self, raw: pa.LargeBinaryArray, schema: RowSchema, *, extra: bool = False) -> Parsed:
         """The schema's columns (extra: all of them), in their Avro types."""
-        layout = _layout(self.schema)
+        layout = layout_of(self.schema)
         faults, records = Faults(), []
         for row, payload in enumerate(raw.to_pylist()):
             try:
@@ -119,10 +120,14 @@ def _record(payload: bytes, start: int, layout: Layout) -> dict[str, Any]:
 
 
 @functools.lru_cache(16)
-def _layout(schema: str) -> Layout:
-    layout = Layout.of(json.loads(schema))
-    # Made ready once: fastavro would do it for each record.
-    parsed = cast(dict[str, Any], fastavro.parse_schema(layout.schema))
+def layout_of(schema: str) -> Layout:
+    """The layout of a record schema as text. Raises ValueError for what is none."""
+    try:
+        layout = Layout.of(json.loads(schema))
+        # Made ready once: fastavro would do it for each record.
+        parsed = cast(dict[str, Any], fastavro.parse_schema(layout.schema))
+    except (KeyError, TypeError, AttributeError, SchemaParseException, UnknownType) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
     return dataclasses.replace(layout, schema=parsed)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.transforms.avro import Layout
+from pipelines.transforms.avro import layout_of
 from pipelines.transforms.errors import UserError
 from pipelines.transforms.payloads import Faults, Rows
 
@@ -72,11 +72,13 @@ class Schemas:
         system, folder = self._system()
         try:
             text: str = system.cat_file(f"{folder}/{number}.avsc").decode()
-            Layout.of(json.loads(text))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{self.folder}/{number}.avsc: not the Avro schema of a record ({' '.join(str(error).split())})"
-            ) from None
+            layout_of(text)
+            name = _endless(json.loads(text), ())
+        except ValueError as error:
+            said = " ".join(str(error).split())
+            raise UserError(f"{self.folder}/{number}.avsc: not the Avro schema of a record ({said})") from None
+        if name is not None:
+            raise UserError(f"{self.folder}/{number}.avsc: type {name} is within itself; give its values as JSON text")
         return text
 
     def _system(self) -> tuple[Any, str]:
@@ -87,6 +89,19 @@ class Schemas:
         except (ImportError, ValueError) as error:  # a known scheme whose package is missing; an unknown scheme
             raise UserError(f"schemas={self.folder}: {' '.join(str(error).split())}") from error
         return system, folder.rstrip("/")
+
+
+def _endless(kind: Any, within: tuple[str, ...]) -> str | None:
+    """The name of a type that is within itself: a message of 20 kB can be so deep in it that fastavro crashes."""
+    if isinstance(kind, str):
+        return kind if kind.rpartition(".")[2] in within else None
+    if isinstance(kind, list):
+        return next(filter(None, (_endless(branch, within) for branch in kind)), None)
+    if "fields" in kind:
+        within = (*within, kind["name"].rpartition(".")[2])
+        return next(filter(None, (_endless(field["type"], within) for field in kind["fields"])), None)
+    inner = (kind[part] for part in ("type", "items", "values") if part in kind)
+    return next(filter(None, (_endless(found, within) for found in inner)), None)
 
 
 def split_headers(raw: pa.LargeBinaryArray, faults: Faults) -> dict[int, Rows]:

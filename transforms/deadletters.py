@@ -52,9 +52,9 @@ def refuse(
 ) -> pa.Table:
     """The dead letters (DEAD_LETTERS) of refused rows, in their order.
 
-    rows: a row table, or a raw one. The payload is `_raw` where the table has it (a line without its end), else
-    the user's columns as one JSON object, as DuckDB writes it (NaN and Infinity bare, binary as ``\\xFF`` escapes, times
-    in UTC), and then format is "json" whatever was given. cipher: encrypts payloads, bound to source and offset.
+    rows: a row table, or a raw one. The payload is `_raw` where the table has it (a file's line without its end),
+    else the user's columns as one JSON object, as DuckDB writes it (NaN and Infinity bare, binary as ``\\xFF`` escapes,
+    times in UTC), and then format is "json" whatever was given. cipher: encrypts payloads, bound to source and offset.
 
     >>> rows = pa.table({"x": [1], "_source": pa.array(["a.parquet"]).dictionary_encode(), "_offset": [7]})
     >>> dead = refuse(rows, pipeline="p", step="step 1 (Check)", reason="low", detail="x > 1", format="parquet")

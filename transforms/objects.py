@@ -45,7 +45,7 @@ class Json:
         sql = _sql(schema, extra)
         try:
             answer = _run(sql, raw, faults, schema)
-        except duckdb.InvalidInputException:
+        except (duckdb.InvalidInputException, duckdb.ConversionException):
             answer = None
         if answer is None:
             _refuse_torn(raw, faults)

@@ -40,7 +40,9 @@ class Faults:
 
     def others(self, length: int) -> Rows:
         """The rows of a batch of this length that have no fault."""
-        return np.setdiff1d(np.arange(length), self.rows())
+        good = np.ones(length, bool)
+        good[list(self._found)] = False
+        return np.flatnonzero(good)
 
     def reasons(self) -> tuple[pa.Array, pa.Array]:
         """Reason and detail of ``rows()``, in that order."""
@@ -100,6 +102,8 @@ def salvage(values: pa.Array, convert: Callable[[pa.Array], pa.Array], to: pa.Da
 
 def positions(mask: pa.BooleanArray | pa.ChunkedArray) -> Rows:
     """Where the mask is true."""
+    if not len(mask):  # Arrow crashes on no chunks
+        return np.zeros(0, np.int64)
     return np.asarray(pc.indices_nonzero(mask)).astype(np.int64)
 
 

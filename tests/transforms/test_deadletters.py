@@ -37,6 +37,15 @@ def test_a_text_row_keeps_its_exact_bytes() -> None:
     ]
 
 
+def test_a_message_keeps_even_its_line_end() -> None:
+    raw = [b'{"x":1}\n', b"\r\n"]
+    line = rows(x=pa.array([1, 2])).append_column("_raw", pa.array(raw, pa.large_binary()))
+    messages = [line.append_column(name, pa.array([0, 0])) for name in ("_published", "_watermark")]
+    for table, payload in [(line, [b'{"x":1}', b""]), *((message, raw) for message in messages)]:
+        dead = refuse(table, pipeline="p", step="s", reason="r", detail="d", format="json")
+        assert dead["payload"].to_pylist() == payload
+
+
 def test_another_row_is_kept_as_json_without_the_bookkeeping() -> None:
     table = rows(
         name=pa.array(['é"\n', None]),

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from pipelines.transforms.avro_schemas import Schemas
 from pipelines.transforms.decoder import Decoder
-from pipelines.transforms.encode import avro_schema, encode
+from pipelines.transforms.encode import ARROW_ROWS, avro_schema, encode
+from pipelines.transforms.errors import UserError
 from pipelines.transforms.messages import Messages
 from pipelines.transforms.schema import Column, RowSchema
 
@@ -85,3 +86,26 @@ def test_rows_are_what_their_messages_decode_to(format: Format, given_rows: tupl
         found = decoded(schema, encode(rows, schema, format), format, folder)
     assert found.schema == schema.arrow
     assert found.to_pylist() == rows.to_pylist()
+
+
+class Payload:
+    """What is sent."""
+
+    body: bytes
+
+
+def test_bytes_that_are_no_text_have_no_json_but_the_other_formats() -> None:
+    rows = pa.table({"body": [b"\xff"]}, schema=RowSchema.of(Payload).arrow)
+    with pytest.raises(UserError, match="bytes that are not UTF-8 text have no place in JSON"):
+        encode(rows, RowSchema.of(Payload), "json")
+    with tempfile.TemporaryDirectory() as folder:
+        Schemas(folder).add(avro_schema(RowSchema.of(Payload)))
+        formats: tuple[Format, ...] = ("avro", "arrow")
+        for format in formats:
+            found = decoded(RowSchema.of(Payload), encode(rows, RowSchema.of(Payload), format), format, folder)
+            assert found["body"].to_pylist() == [b"\xff"]
+
+
+def test_arrow_messages_hold_a_bounded_number_of_rows() -> None:
+    rows = pa.table({"body": [b"x"] * (2 * ARROW_ROWS + 1)}, schema=RowSchema.of(Payload).arrow)
+    assert encode(rows, RowSchema.of(Payload), "arrow")["_rows"].to_pylist() == [ARROW_ROWS, ARROW_ROWS, 1]
