@@ -14,7 +14,6 @@ from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.timestamp import Timestamp
 
 from pipelines.transforms.dedupe import Repeated, Split
-from pipelines.transforms.lateness import NEVER
 from pipelines.transforms.protect import Cipher
 from pipelines.transforms.seen import Seen, compacted, merged
 from pipelines.transforms.tables import TableCoder
@@ -121,7 +120,7 @@ class Once(beam.DoFn):  # type: ignore[misc]
             _replace(bag, pieces, kept)
             left += [piece["expires"].to_numpy() for piece in kept]
         if left:
-            _set(forget, np.concatenate(left), passed.micros)
+            _set(forget, np.concatenate(left))  # later than passed: most of every piece is
 
 
 def _add(piece: pa.Table, tiers: list[list[pa.Table]], bags: list[Any]) -> None:
@@ -146,9 +145,8 @@ def _replace(bag: Any, held: list[pa.Table], pieces: list[pa.Table]) -> None:
         bag.add(piece)
 
 
-def _set(forget: Any, expires: npt.NDArray[np.int64], passed: int | None = None) -> None:
-    """Sets the timer to the median of the expiries that are still to come."""
-    ahead = expires[(expires <= _LAST) & (expires > (NEVER if passed is None else passed))]
-    if len(ahead):
-        middle = int(np.partition(ahead, len(ahead) // 2)[len(ahead) // 2])
-        forget.set(Timestamp(micros=min(-(-middle // 1000) * 1000, _LAST)))  # engines count in milliseconds
+def _set(forget: Any, expires: npt.NDArray[np.int64]) -> None:
+    """Sets the timer to the median of the expiries."""
+    middle = int(np.partition(expires, len(expires) // 2)[len(expires) // 2])
+    if middle < _LAST:
+        forget.set(Timestamp(micros=-(-middle // 1000) * 1000))  # engines count in milliseconds

@@ -61,7 +61,7 @@ def fingerprints(table: pa.Table, columns: Sequence[str]) -> Lanes:
 
 
 def _shares(values: pa.Array) -> bool:
-    return pa.types.is_dictionary(values.type) and len(values.dictionary) > 0 and not values.dictionary.null_count
+    return pa.types.is_dictionary(values.type) and len(values.dictionary) > 0
 
 
 def _indices(values: pa.DictionaryArray) -> npt.NDArray[np.integer]:

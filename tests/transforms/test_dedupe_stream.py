@@ -90,7 +90,7 @@ def outputs(given: Iterator[Any]) -> Iterator[tuple[str, pa.Table]]:
 
 
 def test_state_expires_over_many_tiles_and_stays_bounded() -> None:
-    rows = stream(tiles=80, seed=7)
+    rows = stream(tiles=40, seed=7)
     once = Once(Seen(("id",), ("id", "x")), Repeated("p", "json"))
     bags, timer = (Bag(), Bag(), Bag()), Timer()
     found: dict[str, list[pa.Table]] = {"rows": [], "dead": [], "tallies": []}
@@ -104,8 +104,8 @@ def test_state_expires_over_many_tiles_and_stays_bounded() -> None:
             once.drop(at, *bags, timer)
             fired += 1
 
-    for start in range(0, len(rows), 10):
-        batch = rows[start : start + 10]
+    for start in range(0, len(rows), 2):
+        batch = rows[start : start + 2]
         watermark(batch[0]["_watermark"])
         for tag, table in outputs(once.process((3, pa.Table.from_pylist(batch, SCHEMA)), *bags, timer)):
             found[tag].append(table)
@@ -117,7 +117,7 @@ def test_state_expires_over_many_tiles_and_stays_bounded() -> None:
     assert {letter["offset"]: int(letter["detail"].split("p0:")[1].split()[0]) for letter in letters} == conflicts
     counts = {(one["counter"], one["n"]) for one in merge(found["tallies"]).to_pylist()}
     assert counts == {("duplicate", duplicates), ("rejected", len(conflicts))}
-    assert duplicates > 50 and len(conflicts) > 50
+    assert duplicates > 50 and len(conflicts) > 30
     assert most <= 2 * 4 * 20 and fired >= 15
     assert sum(bag.written for bag in bags) <= 6 * len(kept)
     watermark(None)

@@ -139,7 +139,10 @@ def test_any_batches_and_compactions_agree_with_one_row_after_the_other(
     for one in found:
         assert one.rows.schema == one.conflicts.schema == SCHEMA
         assert len(one.details) == len(one.conflicts) and one.details.null_count == 0
-        assert one.piece is None or (one.piece.schema == SEEN and len(one.piece) == len(one.rows))
+        assert (0 if one.piece is None else len(one.piece)) == len(one.rows)
+        if one.piece is not None:
+            ids = [tuple(pair.values()) for pair in one.piece.select(["id_hi", "id_lo"]).to_pylist()]
+            assert one.piece.schema == SEEN and ids == sorted(ids)
 
 
 @settings(max_examples=10)
@@ -184,6 +187,40 @@ def test_a_forgotten_identity_starts_anew_and_is_known_again() -> None:
         assert slower.duplicates == 1
 
 
+def test_an_identity_is_forgotten_when_its_expiry_is_reached() -> None:
+    seen, expires = Seen(("id",), ("id",)), np.array([10, 11])
+    rows = pa.concat_tables([table([1, 2], 0, 0), table([1, 2], 2, 10)])
+    found = seen.advance([], rows, np.array([10, 11, 20, 20]))
+    assert (found.rows["_offset"].to_pylist(), found.duplicates) == ([0, 1, 2], 1)
+    pieces = [seen.advance([], table([1, 2]), expires).piece]
+    for held in (pieces, compacted(pieces, 10), compacted([*pieces, *pieces], 10)):
+        assert seen.advance(held, table([1, 2], 2, 10), np.array([20, 20])).rows["id"].to_pylist() == [1]
+    assert [piece["expires"].to_pylist() for piece in compacted([*pieces, *pieces], 10)] == [[11, 11]]
+
+
+def test_without_a_watermark_nothing_is_forgotten() -> None:
+    seen = Seen(("id",), ("id",))
+    before_1970 = seen.advance([], table([1, 1], 0, None), np.array([-5, -5]))
+    assert before_1970.duplicates == 1
+    assert seen.advance([before_1970.piece], table([1], 2, None), np.array([-5])).duplicates == 1
+
+
+def test_conflicts_come_in_the_order_of_the_rows_with_their_details() -> None:
+    seen = Seen(("id",), ("id", "x"))
+    known = seen.advance([], table(list(range(20)), 0, 0, x=["a"] * 20), np.full(20, 9))
+    ids = [20, 7, 20, 3, 21, 12, 21, 1]
+    found = seen.advance([known.piece], table(ids, 50, 0, x=list("abbbabbb")), np.full(8, 9))
+    assert found.conflicts["_offset"].to_pylist() == [51, 52, 53, 55, 56, 57]
+    assert found.details.to_pylist() == [
+        "differs from p0:7 of an earlier batch",
+        "x differs from p0:50",
+        "differs from p0:3 of an earlier batch",
+        "differs from p0:12 of an earlier batch",
+        "x differs from p0:54",
+        "differs from p0:1 of an earlier batch",
+    ]
+
+
 def test_a_conflict_in_a_batch_names_columns_and_across_batches_the_first_row() -> None:
     seen = Seen(("id",), ("id", "x", "n"))
     rows = table([1, 1, 2, 1], 5, 0, x=["secret", "other", "c", "other"], n=[1, 1, 3, None])
@@ -218,12 +255,15 @@ def test_half_a_fingerprint_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> No
         return found
 
     monkeypatch.setattr(module, "fingerprints", high_alike)
-    seen = Seen(("id",), ("id",))
-    first = seen.advance([], table([3, 1, 2, 3]), np.full(4, 9))
-    second = seen.advance([first.piece], table([2, 9, 3, 4, 2], 4), np.full(5, 9))
+    seen = Seen(("id",), ("id", "x"))
+    first = seen.advance([], table([3, 1, 2, 3, 3], x=list("aaaab")), np.full(5, 9))
+    second = seen.advance([first.piece], table([2, 9, 3, 4, 2, 2], 5, x=list("aaaaab")), np.full(6, 9))
+    assert (len(first.conflicts), len(second.conflicts)) == (1, 1)
     assert (first.duplicates, second.duplicates, second.rows["id"].to_pylist()) == (1, 3, [9, 4])
     assert first.piece is not None and second.piece is not None
-    third = seen.advance(compacted([first.piece, second.piece], None), table([1, 4, 5], 9), np.full(3, 9))
+    third = seen.advance(
+        compacted([first.piece, second.piece], None), table([1, 4, 5], 11, x=list("aaa")), np.full(3, 9)
+    )
     assert (third.duplicates, third.rows["id"].to_pylist()) == (2, [5])
 
 
