@@ -75,7 +75,7 @@ class Turns:
         self.uri = uri.rstrip("/") if len(uri) > 1 else uri
         self._folder = folder(self.uri)
         self._synced: frozenset[str] = frozenset()
-        self._before: frozenset[str] = frozenset()
+        self._before: frozenset[str] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Turns, (self.uri,)
@@ -107,7 +107,7 @@ class Turns:
 
     def intended(self) -> str:
         """What ``intend`` noted last."""
-        return self._read(_INTENT).to_pybytes().decode()
+        return str(self._read(_INTENT).to_pybytes(), "utf-8")
 
     def write(self, name: str, table: pa.Table) -> None:
         """Writes a state file, any Arrow types; on disk when the turn that names it is committed.
@@ -160,15 +160,17 @@ class Turns:
     def sweep(self) -> None:
         """Removes every file of ours that neither the last turn names nor the one before.
 
-        For the owner, between turns. Where another process may be writing all the same, it removes only what was there
-        before this one's last commit: whoever wrote that comes too late to commit it.
+        For the owner; at the start, or at any time after a commit, also beside the writes of the next turn: then it
+        removes only what was there before that commit. Whoever else wrote that comes too late to commit it.
         """
+        before = self._before
         names = self._folder.names()
+        if before is None:
+            before = frozenset(names) if self._folder.alone else frozenset()
         numbers = _numbers(names)[-2:]
         keep = {_file(number) for number in numbers}
         keep |= {f"{name}.arrow" for number in numbers for name in self._turn(number).files}
-        swept = names if self._folder.alone else self._before.intersection(names)
-        gone = [name for name in swept if _OURS.fullmatch(name) and name not in keep]
+        gone = [name for name in names if name in before and name not in keep and _OURS.fullmatch(name)]
         gone.sort(key=lambda name: name.endswith(".arrow"))
         self._folder.remove(gone)  # turns first: none outlives its files
         for name in gone:

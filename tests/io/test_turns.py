@@ -161,6 +161,20 @@ def test_a_sweep_before_the_first_turn(uri: str, tmp_path: Path) -> None:
     assert [path for path in tmp_path.iterdir() if path.is_file()] == []
 
 
+def test_a_sweep_leaves_what_is_being_written(uri: str) -> None:
+    turns = Turns(uri)
+    turns.write("dead", rows(1))
+    commit(turns, 1, "a-1")
+    turns.write("a-2", rows(2))
+    turns.sweep()
+    assert names(uri) == ["a-1.arrow", "a-2.arrow", "turn-0000000001.json"]
+    commit(turns, 2, keep=("a-2",))
+    commit(turns, 3)
+    turns.write("a-4", rows(4))
+    turns.sweep()
+    assert names(uri) == ["a-2.arrow", "a-4.arrow", "turn-0000000002.json", "turn-0000000003.json"]
+
+
 def test_where_nobody_is_alone_a_sweep_leaves_what_another_may_yet_commit() -> None:
     uri = f"memory://{uuid.uuid4()}/live"
     one, other = Turns(uri), Turns(uri)
