@@ -15,30 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pipelines import turn as graph
+from pipelines.commit_turn import NOTHING, Next, Span
 from pipelines.definition import Dimension, Pipeline
 from pipelines.io import files
 from pipelines.io.log import Bounds, Log, open_log
 from pipelines.io.store import LIVE, Store, open_store
-from pipelines.io.table import STAGED, open_table
 from pipelines.io.turns import Turn, Turns
+from pipelines.layer import fingerprint, layer
 from pipelines.options import Deployment
 from pipelines.runners import Engine
 from pipelines.runners.microbatch import stopped_by_signals, turns
-from pipelines.transforms.chain import SqlStage
 from pipelines.transforms.conservation import TALLY, Conservation
-from pipelines.transforms.deadletters import DEAD_LETTERS, PURPOSE
 from pipelines.transforms.decoder import Decoder
 from pipelines.transforms.errors import UserError
-from pipelines.transforms.intake import Intake
-from pipelines.transforms.lateness import IDLE_AFTER, NEVER, Lateness, Position
+from pipelines.transforms.lateness import IDLE_AFTER, NEVER, Position
 from pipelines.transforms.lookup import unique
-from pipelines.transforms.messages import Messages
-from pipelines.transforms.protect import Cipher, Key
-from pipelines.transforms.seen import Seen
-from pipelines.transforms.speed import OpenView
-from pipelines.transforms.windows import Duration
-from pipelines.turn import Layer, Next, Span
 
 if TYPE_CHECKING:
     import apache_beam as beam
@@ -63,61 +54,6 @@ Clock = Callable[[], float]
 """Seconds, for how long partitions are idle and dimensions old."""
 
 
-def layer(pipeline: Pipeline, deployment: Deployment, buckets: int) -> Layer:
-    """What every graph of the pipeline's speed layer is made of. Raises UserError for what the user can mend."""
-    source, plan = pipeline.source, pipeline.plan(live=True)
-    if not plan.views:
-        raise UserError(f"pipeline {pipeline.name!r} has no views, so a live run has nothing to keep; run it in batch")
-    assert deployment.live
-    chains = (plan.chain, *(view.chain for view in plan.views if view.chain is not None))
-    if source.schema.personal or any(chain.keyed for chain in chains):
-        Key.load()
-    cipher = Cipher(Key.load(), PURPOSE) if source.schema.personal else None
-    disorder, allowed = (Duration.fixed(text, "Source") for text in (source.disorder, source.lateness))
-    with open_log(deployment.live) as log:
-        form, schemas = log.format, log.schemas
-    used = tuple(f for f in source.schema.fields if f.name in plan.columns or source.extra != "ignore")
-    schema = dataclasses.replace(source.schema, fields=used)
-    decoder = Decoder(schema, pipeline.name, source.extra, source.invalid, None, cipher)
-    views = tuple(OpenView(view, Lateness(view.window, allowed)) for view in plan.views)
-    rules = tuple(dict.fromkeys(view.rule for view in views))
-    return Layer(
-        pipeline=pipeline.name,
-        log=deployment.live,
-        intake=Intake(Messages(decoder, form, schemas), plan.event_time, disorder, deployment.ahead, rules, cipher),
-        seen=Seen(source.identities, source.columns) if source.identities else None,
-        plan=plan,
-        views=views,
-        turns=Turns(f"{deployment.state}/{pipeline.name}"),
-        dead_letters=open_table(f"{deployment.dead_letters}/{pipeline.name}.live", DEAD_LETTERS),
-        buckets=deployment.buckets or buckets,
-        disorder=disorder,
-        cipher=cipher,
-        max_rejected=deployment.max_rejected,
-    )
-
-
-def fingerprint(layer: Layer) -> dict[str, str]:
-    """What kept state depends on, by the part that a person would name."""
-
-    def digest(*parts: object) -> str:
-        return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
-
-    def steps(chain: Any) -> list[str]:
-        return [stage.sql if isinstance(stage, SqlStage) else stage.label for stage in chain.stages]
-
-    intake = layer.intake
-    parts = {
-        "source": digest(intake.event_time, intake.disorder, layer.seen and (layer.seen.identity, layer.seen.columns)),
-        "steps": digest(steps(layer.plan.chain)),
-        "buckets": str(layer.buckets),
-    }
-    for view in layer.views:
-        own = [] if view.plan.chain is None else steps(view.plan.chain)
-        parts[f"view {view.plan.name}"] = digest(own, view.plan.partial, view.plan.result, view.rule)
-    return parts
-
-
 class SpeedLayer:
     """Takes turns on one pipeline and delivers what they give. One process at a time: hold ``layer.turns.own()``.
 
@@ -135,28 +71,29 @@ class SpeedLayer:
     ) -> None:
         self.deployment, self.engine, self.flags, self.clock = deployment, engine, flags, clock
         self.layer = layer(pipeline, deployment, 8 if engine.DISTRIBUTED else 1)
+        self._take: Callable[[], None] | None = None
         self.fingerprint = fingerprint(self.layer)
-        self.last = self.layer.turns.last()
+        self.last: Turn | None = self.layer.turns.last()
         self._log: Log = open_log(self.layer.log)
         self._store: Store | None = open_store(deployment.store) if deployment.store else None
-        self._dimensions = _Dimensions(pipeline, deployment, clock)
+        self._dimensions = _Dimensions(pipeline, deployment, self.layer.turns, clock)
         self._active: dict[str, float] = {}
-        if deployment.rebuild:
-            self._begin_anew()
-        if self.last is not None:
-            self._refuse_other(self.last.facts["fingerprint"])
+        if self.last is None or deployment.rebuild:
+            self.last = self._begin_anew()
+        self._refuse_other(self.last.facts["fingerprint"])
         for view in self.layer.views if self._store is not None else ():
             assert self._store is not None
-            if self.last is not None and self.last.facts["anew"]:
-                self._store.drop(self._named(view), LIVE)
-            self._store.resume(self._named(view), view.plan.schema, (*view.plan.by, "window_start"))
+            if self.last.facts["anew"]:
+                self._store.drop(self.layer.named(view), LIVE)
+            self._store.resume(self.layer.named(view), view.plan.schema, (*view.plan.by, "window_start"))
         self.layer.turns.sweep()
 
-    def _begin_anew(self) -> None:
-        """A turn that knows nothing; the store's rows go once it is committed, again if this run dies before that."""
+    def _begin_anew(self) -> Turn:
+        """A turn that knows nothing. The store's rows go once it is committed, again if this run dies before that."""
         number = 1 if self.last is None else self.last.number + 1
-        self.last = Turn(number, (), {**graph.NOTHING, "fingerprint": self.fingerprint, "anew": True})
-        self.layer.turns.commit(self.last)
+        turn = Turn(number, (), {**NOTHING, "fingerprint": self.fingerprint, "anew": True})
+        self.layer.turns.commit(turn)
+        return turn
 
     def close(self) -> None:
         self._log.close()
@@ -175,43 +112,49 @@ class SpeedLayer:
         positions = self._positions(bounds)
         spans = _spans(positions, bounds)
         idled = {name: self._idled(name, position, positions, bounds) for name, position in positions.items()}
-        if not spans and (self.last is None or idled == self.positions):
+        if not spans and idled == self.positions:
             return False
         spans = tuple(dataclasses.replace(span, position=idled[span.partition]) for span in spans)
+        assert self.last is not None
+        number = self.last.number + 1
         dimensions = self._dimensions.now()
-        number = 1 if self.last is None else self.last.number + 1
-        token = _token(number, self.last, spans, self._dimensions.token, self.fingerprint)
-        following = Next(number, spans, idled, self.last, token, self.fingerprint)
-
-        def build(root: "beam.Pipeline") -> None:
-            graph.build(root, self.layer, following, dimensions, distributed=self.engine.DISTRIBUTED)
-
-        self.engine.run(build, self.flags)
+        token = _token(number, self.last, spans, dimensions, self.fingerprint)
+        Next(number, spans, idled, token, self.fingerprint, dimensions, self.last).put(self.layer.turns)
+        if self._take is None:
+            self._take = self.engine.prepared(self._build, self.flags)
+        self._take()
         self.last = self.layer.turns.last()
         assert self.last is not None and self.last.number == number
         self.deliver()
         self.layer.turns.sweep()
         return any(bounds[name].end > position.offset for name, position in self.positions.items() if name in bounds)
 
+    def _build(self, root: "beam.Pipeline") -> None:
+        from pipelines import turn as graph
+
+        graph.build(root, self.layer, distributed=self.engine.DISTRIBUTED)
+
     def deliver(self) -> None:
         """Gives the last turn's answers to the store, its dead letters to their table. Repeating it changes nothing."""
-        if self.last is None:
-            return
-        facts, number = self.last.facts, self.last.number
-        for view in self.layer.views if self._store is not None else ():
-            for key, pieces in facts["outbox"].items():
-                kind, _, name = key.partition("/")[0].partition(":")
-                if name != view.plan.name or self._store is None:
-                    continue
-                for piece in pieces:
-                    rows = self.layer.turns.read(piece["name"])
-                    if kind == "answers":
-                        self._store.upsert(self._named(view), rows, generation=LIVE, version=number)
-                    else:
-                        self._store.delete(self._named(view), rows, generation=LIVE, version=number)
-        if facts["dead"]:
-            staged = pa.Table.from_pylist(facts["dead"], STAGED)
-            self.layer.dead_letters.commit(staged, token=facts["token"], version=number, replace="nothing")
+        outbox = {} if self.last is None else self.last.facts["outbox"]
+        views = {view.plan.name: self.layer.named(view) for view in self.layer.views}
+        for key, pieces in outbox.items():
+            kind, _, view = key.partition("/")[0].partition(":")
+            for rows in (self.layer.turns.read(piece["name"]) for piece in pieces):
+                self._deliver(kind, views.get(view, ""), rows)
+
+    def _deliver(self, kind: str, view: str, rows: pa.Table) -> None:
+        assert self.last is not None
+        number = self.last.number
+        if kind == "dead":
+            token, version = self.last.facts["token"], self.last.facts["letters"]
+            stage = self.layer.dead_letters.stage("turn", token=token, version=version)
+            stage.add(rows)
+            self.layer.dead_letters.commit(stage.finish(), token=token, version=version, replace="nothing")
+        elif self._store is not None and kind == "answers":
+            self._store.upsert(view, rows, generation=LIVE, version=number)
+        elif self._store is not None:
+            self._store.delete(view, rows, generation=LIVE, version=number)
 
     def status(self) -> Status | None:
         """How it stands; None before the first turn."""
@@ -235,7 +178,7 @@ class SpeedLayer:
         span = self.last.facts["span"] if self.last else {}
         views = {}
         for view in self.layer.views:
-            rows = None if self._store is None else self._store.scan(self._named(view), generation=LIVE)
+            rows = None if self._store is None else self._store.scan(self.layer.named(view), generation=LIVE)
             views[view.plan.name] = {
                 "rows": counts.views.get(view.plan.name, (0, 0, 0))[2] if rows is None else len(rows),
                 "digest": f"{0 if rows is None else view.plan.digested(rows):016x}",
@@ -253,9 +196,6 @@ class SpeedLayer:
             "skipped": [],
             "positions": {name: position.offset for name, position in self.positions.items()},
         }
-
-    def _named(self, view: OpenView) -> str:
-        return f"{self.layer.pipeline}.{view.plan.name}"
 
     def _positions(self, bounds: dict[str, Bounds]) -> dict[str, Position]:
         """Also of partitions that are new: they hold the watermark until they have rows, or are idle."""
@@ -321,22 +261,30 @@ def _iso(micros: int | None) -> str | None:
 
 
 class _Dimensions:
-    """The pipeline's dimensions as whole tables, read again when they are older than ``--refresh``."""
+    """The pipeline's dimensions as state files, read again when they are older than ``--refresh``."""
 
-    def __init__(self, pipeline: Pipeline, deployment: Deployment, clock: Clock) -> None:
-        self.pipeline, self.deployment, self.clock = pipeline, deployment, clock
-        self.tables: dict[str, pa.Table] = {}
-        self.token = ""
+    def __init__(self, pipeline: Pipeline, deployment: Deployment, turns: Turns, clock: Clock) -> None:
+        self.pipeline, self.deployment, self.turns, self.clock = pipeline, deployment, turns, clock
+        self._names: dict[str, str] = {}
         self._read: float | None = None
 
-    def now(self) -> dict[str, pa.Table]:
+    def now(self) -> dict[str, str]:
+        """Name to state file: the same name for the same rows."""
         at = self.clock()
         if self._read is None or at - self._read >= self.deployment.refresh / 1_000_000:
-            self.tables = {d.name: dimension(d, self.deployment.dimensions[d.name]) for d in self.pipeline.dimensions}
+            self._names = {d.name: self._written(d) for d in self.pipeline.dimensions}
             self._read = at
-            said = [table.to_pylist() for table in self.tables.values()]
-            self.token = hashlib.blake2b(repr(said).encode(), digest_size=6).hexdigest()
-        return self.tables
+        return self._names
+
+    def _written(self, of: Dimension) -> str:
+        rows = dimension(of, self.deployment.dimensions[of.name])
+        said = hashlib.blake2b(digest_size=8)
+        for batch in rows.combine_chunks().to_batches():
+            said.update(batch.serialize())
+        name = f"dimension-{of.name}-{said.hexdigest()}"
+        if name != self._names.get(of.name):
+            self.turns.write(name, rows)
+        return name
 
 
 def dimension(of: Dimension, uri: str) -> pa.Table:

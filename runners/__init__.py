@@ -26,6 +26,9 @@ class Engine(Protocol):
     def run(self, build: Callable[["beam.Pipeline"], None], flags: Sequence[str]) -> None:
         """Runs what ``build`` puts on an empty pipeline to its end. flags: Beam's own options. Raises what failed."""
 
+    def prepared(self, build: Callable[["beam.Pipeline"], None], flags: Sequence[str]) -> Callable[[], None]:
+        """What runs it any number of times, each to its end."""
+
 
 def named(runner: str) -> Engine:
     """The module of a runner. Raises UserError for a name that is none of MODULES."""

@@ -35,6 +35,11 @@ def run(build: Callable[[beam.Pipeline], None], flags: Sequence[str]) -> None:
         jobs.run(build, endpoint, flags)
 
 
+def prepared(build: Callable[[beam.Pipeline], None], flags: Sequence[str]) -> Callable[[], None]:
+    """The graph, to be run any number of times, as jobs of their own."""
+    return lambda: run(build, flags)
+
+
 @contextlib.contextmanager
 def serving(options: PipelineOptions | None = None) -> Iterator[str]:
     """A Prism, for as many runs as the block has; yields its endpoint."""

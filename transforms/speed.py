@@ -6,16 +6,19 @@ exactly those windows that it changed.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.transforms import query
+from pipelines.transforms.conservation import merge, tally
+from pipelines.transforms.deadletters import DEAD_LETTERS
 from pipelines.transforms.expressions import quote
 from pipelines.transforms.lateness import SINCE, WATERMARK, Lateness
+from pipelines.transforms.protect import Cipher
 from pipelines.transforms.view import ViewPlan
-from pipelines.transforms.windows import Session
+from pipelines.transforms.windows import Micros, Session
 
 PIECE = 1 << 16
 """Rows of a piece, at most."""
@@ -72,6 +75,28 @@ class OpenView:
         partly = len(since) - since.null_count - int(late.sum())
         return Timely(rows.filter(pa.array(~late)) if late.any() else rows, int(late.sum()), max(partly, 0))
 
+    def partial(
+        self, rows: pa.Table, dimensions: Mapping[str, pa.Table], cipher: Cipher | None, format: str
+    ) -> tuple[pa.Table, pa.Table, pa.Table]:
+        """Cleaned rows of a log through the view's own steps to partial states of those in time; dead letters and
+        tallies. format: of the log's payloads."""
+        part, dead, tallies = f"view:{self.plan.name}", [DEAD_LETTERS.empty_table()], []
+        if self.plan.chain is not None:
+            outcome = dataclasses.replace(self.plan.chain, format=format).run(rows, dimensions, cipher)
+            rows = outcome.rows
+            dead.append(outcome.dead)
+            tallies.append(outcome.tallies)
+        timely = self.timely(rows)
+        states, refused = self.plan.tried(timely.rows, cipher)
+        taken = timely.rows
+        if refused is not None:
+            taken = refused.rows
+            dead.append(refused.dead)
+            tallies.append(refused.tallies)
+        tallies += [tally(part, "late", timely.late), tally(part, "partly_late", timely.partly)]
+        tallies.append(tally(part, "rows_in", len(taken)))
+        return states, pa.concat_tables(dead), merge(tallies)
+
     def span(self, states: pa.Table) -> tuple[int, int]:
         """The range (low, high) of a piece."""
         low, high = ("_start", "_last") if self._session else ("_tile", "_tile")
@@ -80,6 +105,15 @@ class OpenView:
     def closed(self, piece: Piece, watermark: int) -> bool:
         """Whether nothing in a piece can change any more."""
         return bool(self.rule.closed(pa.array([piece.high]).to_numpy(), watermark)[0])
+
+    def closes(self, states: pa.Table) -> Micros:
+        """For each state the watermark (µs) from which on it can no longer change."""
+        return self.rule.closes(states["_last" if self._session else "_tile"].to_numpy())
+
+    def touched(self, states: pa.Table, by: pa.Table) -> pa.Table:
+        """The states of the keys that another table has, merged."""
+        found = self._touched(states, by, [])
+        return self.plan.merged([found.slice(0, 1), found.slice(1)])  # one table alone is merged already
 
     def advance(
         self, pieces: Sequence[Piece], read: Callable[[Piece], pa.Table], parts: Iterable[pa.Table], watermark: int

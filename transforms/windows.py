@@ -8,6 +8,7 @@ than the gap apart belong together (Akidau et al., The Dataflow Model, VLDB 2015
 
 import dataclasses
 import datetime
+import functools
 import math
 import re
 import zoneinfo
@@ -311,6 +312,7 @@ class Session(Window):
         return times - times % 1000 + self.micros
 
 
+@functools.lru_cache
 def _whole_hours(timezone: str) -> bool:
     zone, hour = zoneinfo.ZoneInfo(timezone), datetime.timedelta(hours=1)
     days = (datetime.datetime(year, month, 1, tzinfo=zone) for year in range(1970, 2038) for month in (1, 4, 7, 10))

@@ -1,0 +1,106 @@
+"""The speed layer of a pipeline, compiled: what its graphs need to know, in turns or unbounded. Beam-free."""
+
+import dataclasses
+import hashlib
+
+from pipelines.definition import Pipeline
+from pipelines.io.log import open_log
+from pipelines.io.table import Table, open_table
+from pipelines.io.turns import Turns
+from pipelines.options import Deployment
+from pipelines.sql import Plan
+from pipelines.transforms.chain import Chain, SqlStage
+from pipelines.transforms.deadletters import DEAD_LETTERS, PURPOSE
+from pipelines.transforms.decoder import Decoder
+from pipelines.transforms.errors import UserError
+from pipelines.transforms.intake import Intake
+from pipelines.transforms.lateness import Lateness
+from pipelines.transforms.messages import Messages
+from pipelines.transforms.protect import Cipher, Key
+from pipelines.transforms.seen import Seen
+from pipelines.transforms.speed import OpenView
+from pipelines.transforms.windows import Duration
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """The speed layer of a pipeline, as its graphs need it. log: a URI. seen: None where every row counts.
+    dead_letters: a table of its own, as the batch layer replaces its. disorder: µs. max_rejected: the share of read
+    rows past which it ends."""
+
+    pipeline: str
+    log: str
+    intake: Intake
+    seen: Seen | None
+    plan: Plan
+    views: tuple[OpenView, ...]
+    turns: Turns
+    dead_letters: Table
+    buckets: int
+    disorder: int
+    cipher: Cipher | None
+    max_rejected: float | None = None
+
+    @property
+    def format(self) -> str:
+        """Of the log's payloads."""
+        return self.intake.messages.format
+
+    def named(self, view: OpenView) -> str:
+        """The view's name in the store."""
+        return f"{self.pipeline}.{view.plan.name}"
+
+
+def layer(pipeline: Pipeline, deployment: Deployment, buckets: int) -> Layer:
+    """What every graph of the pipeline's speed layer is made of. Raises UserError for what the user can mend."""
+    source, plan = pipeline.source, pipeline.plan(live=True)
+    if not plan.views:
+        raise UserError(f"pipeline {pipeline.name!r} has no views, so a live run has nothing to keep; run it in batch")
+    assert deployment.live
+    chains = (plan.chain, *(view.chain for view in plan.views if view.chain is not None))
+    if source.schema.personal or any(chain.keyed for chain in chains):
+        Key.load()
+    cipher = Cipher(Key.load(), PURPOSE) if source.schema.personal else None
+    disorder, allowed = (Duration.fixed(text, "Source") for text in (source.disorder, source.lateness))
+    with open_log(deployment.live) as log:
+        form, schemas = log.format, log.schemas
+    used = tuple(f for f in source.schema.fields if f.name in plan.columns or source.extra != "ignore")
+    schema = dataclasses.replace(source.schema, fields=used)
+    decoder = Decoder(schema, pipeline.name, source.extra, source.invalid, None, cipher)
+    views = tuple(OpenView(view, Lateness(view.window, allowed)) for view in plan.views)
+    rules = tuple(dict.fromkeys(view.rule for view in views))
+    return Layer(
+        pipeline=pipeline.name,
+        log=deployment.live,
+        intake=Intake(Messages(decoder, form, schemas), plan.event_time, disorder, deployment.ahead, rules, cipher),
+        seen=Seen(source.identities, source.columns) if source.identities else None,
+        plan=plan,
+        views=views,
+        turns=Turns(f"{deployment.state}/{pipeline.name}"),
+        dead_letters=open_table(f"{deployment.dead_letters}/{pipeline.name}.live", DEAD_LETTERS),
+        buckets=deployment.buckets or buckets,
+        disorder=disorder,
+        cipher=cipher,
+        max_rejected=deployment.max_rejected,
+    )
+
+
+def fingerprint(layer: Layer) -> dict[str, str]:
+    """What kept state depends on, by the part that a person would name."""
+
+    def digest(*parts: object) -> str:
+        return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+
+    def steps(chain: Chain) -> list[str]:
+        return [stage.sql if isinstance(stage, SqlStage) else stage.label for stage in chain.stages]
+
+    intake = layer.intake
+    parts = {
+        "source": digest(intake.event_time, intake.disorder, layer.seen and (layer.seen.identity, layer.seen.columns)),
+        "steps": digest(steps(layer.plan.chain)),
+        "buckets": str(layer.buckets),
+    }
+    for view in layer.views:
+        own = [] if view.plan.chain is None else steps(view.plan.chain)
+        parts[f"view {view.plan.name}"] = digest(own, view.plan.partial, view.plan.result, view.rule)
+    return parts
