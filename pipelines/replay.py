@@ -48,6 +48,9 @@ from pipelines.transforms.windows import Duration, Micros
 if TYPE_CHECKING:
     from pipelines.definition import Pipeline
 
+STEP = 1 << 18
+"""Rows of the history that are decoded at once."""
+
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 
@@ -161,7 +164,8 @@ class _Replay:
         plan = files.plan(history, source.schema, extra=source.extra, invalid=source.invalid)
         progress.expect(plan.rows)
         for split in plan.splits:
-            yield from files.read(split)
+            for table in files.read(split):
+                yield from (table.slice(at, STEP) for at in range(0, len(table), STEP))
 
     def _decoded(self, table: pa.Table, first: int) -> pa.Table:
         """The rows of a table, in its order, with RAW, NUMBER, TIME and DUE. first: the number of the first."""

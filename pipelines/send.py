@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import progress
 from pipelines.io.log import Log, open_log
+from pipelines.options import masked
 from pipelines.pace import Pace
 from pipelines.replay import Counts, Sent, messages
 from pipelines.report import grid, moment, place
@@ -48,7 +49,11 @@ class Report:
         counts = self.counts
         times = {name: _time(getattr(counts, name)) for name in ("first", "last", "reached")}
         facts: dict[str, Any] = {
-            **{name: getattr(self, name) for name in ("pipeline", "history", "live", "format", "stopped")},
+            "pipeline": self.pipeline,
+            "history": masked(self.history),
+            "live": masked(self.live),
+            "format": self.format,
+            "stopped": self.stopped,
             "disorder": dataclasses.asdict(self.disorder),
             "total": counts.total,
             **{name: None if at is None else at.isoformat() for name, at in times.items()},
@@ -89,10 +94,10 @@ class Report:
     @property
     def _stop(self) -> str:
         reached = _time(self.counts.reached)
-        left = f"Stopped with {self.counts.total - self.counts.sent.rows:,} rows not sent"
-        return (
-            f"{left}: --from={reached.isoformat()} goes on from there." if reached else "Stopped before the first row."
-        )
+        if reached is None:
+            return "Stopped before the first row."
+        left = self.counts.total - self.counts.sent.rows
+        return f"Stopped with {left:,} rows not sent: --from={reached.isoformat()} goes on from about there."
 
 
 def send(
@@ -134,7 +139,8 @@ def send(
         )
         with contextlib.closing(pieces):
             seconds = _append(log, pieces, counts)
-        return Report(pipeline.name, history, live, log.format, disorder, counts, seconds, stopping.is_set())
+        stopped = stopping.is_set() and not 0 < counts.total == counts.sent.rows
+        return Report(pipeline.name, history, live, log.format, disorder, counts, seconds, stopped)
 
 
 def _append(log: Log, pieces: Iterator[dict[str, Any]], counts: Counts) -> float:

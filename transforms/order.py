@@ -14,10 +14,10 @@ import pyarrow as pa
 
 from pipelines.transforms.spill import Shelf
 
-RUN = 128 << 20
+RUN = 64 << 20
 """Bytes of rows that are sorted at once."""
 
-BLOCK = 1 << 20
+BLOCK = 1 << 19
 """Bytes of a run that are read back at once; two of them for each run that overlaps are in memory."""
 
 

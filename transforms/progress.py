@@ -36,7 +36,7 @@ def expect(total: int | None) -> None:
 
 
 def advance(rows: int, done: int | None = None, *, reached: int | None = None) -> None:
-    """Rows just read; done: the same in the plan's unit, where that is not rows.
+    """Rows just read; done: the same in the plan's unit, where that is not rows. reached: how far in event time, µs.
 
     >>> expect(10)
     >>> advance(4)

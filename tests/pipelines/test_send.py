@@ -80,7 +80,7 @@ def test_ctrl_c_stops_after_a_whole_append_and_says_where(
     monkeypatch.setattr(SqliteLog, "append", interrupted)
     assert call(monkeypatch, "--live=x.db", "--partitions=1", "--speedup=0.001", "--from=2024-01-01T00:05") == 0
     out = capsys.readouterr().out
-    assert "Stopped with 299 rows not sent: --from=2024-01-01T00:05:00+00:00 goes on from there." in out
+    assert "Stopped with 299 rows not sent: --from=2024-01-01T00:05:00+00:00 goes on from about there." in out
     assert len(read("x.db")["0"]) == 1
     assert (progress.now().rows, progress.now().total, progress.now().reached) == (1, 300, 1704067500000000)
 
