@@ -42,6 +42,7 @@ from pipelines.transforms.lateness import Lateness, live
 from pipelines.transforms.order import ordered
 from pipelines.transforms.payloads import bare
 from pipelines.transforms.poison import poison
+from pipelines.transforms.schema import RowSchema
 from pipelines.transforms.spill import spill_folder
 from pipelines.transforms.windows import Duration, Micros
 
@@ -119,6 +120,13 @@ def messages(
         yield from replay.messages(ordered(rows, disorders.ORDER, folder))
 
 
+def written(pipeline: "Pipeline") -> RowSchema:
+    """The columns of the messages: those that a run reads of a history."""
+    source, columns = pipeline.source, pipeline.plan().columns
+    used = (field for field in source.schema.fields if field.name in columns or source.extra != "ignore")
+    return dataclasses.replace(source.schema, fields=tuple(used))
+
+
 @dataclasses.dataclass
 class _Replay:
     pipeline: "Pipeline"
@@ -130,10 +138,11 @@ class _Replay:
 
     def __post_init__(self) -> None:
         source = self.pipeline.source
-        self._decoder = Decoder(source.schema, self.pipeline.name, source.extra, source.invalid)
+        self._schema = written(self.pipeline)
+        self._decoder = Decoder(self._schema, self.pipeline.name, source.extra, source.invalid)
         self._waits, allowed = (Duration.fixed(text, text) for text in (source.disorder, source.lateness))
         self._lateness = [Lateness(live(view.window), allowed) for view in self.pipeline.views]
-        self._keys = _keys(self.pipeline)
+        self._keys = _keys(self.pipeline, self._schema)
 
     def rows(self, history: str | pa.Table, start: int | None, stop: int | None) -> Iterator[pa.Table]:
         """All that is to be sent, as the history has it: its columns, RAW (the bytes of a row that cannot be decoded),
@@ -161,7 +170,7 @@ class _Replay:
             yield history.append_column(SOURCE, source).append_column(OFFSET, offset)
             return
         source = self.pipeline.source
-        plan = files.plan(history, source.schema, extra=source.extra, invalid=source.invalid)
+        plan = files.plan(history, self._schema, extra=source.extra, invalid=source.invalid)
         progress.expect(plan.rows)
         for split in plan.splits:
             for table in files.read(split):
@@ -180,7 +189,7 @@ class _Replay:
             TIME: times,
             DUE: pa.array(late),
         }
-        rows = rows.select(self.pipeline.source.columns)
+        rows = rows.drop_columns([name for name in (SOURCE.name, OFFSET.name, RAW.name) if name in rows.column_names])
         schema = pa.schema([*(field.with_nullable(True) for field in rows.schema), *added])
         good = pa.Table.from_arrays([*rows.columns, *added.values()], schema=schema)
         return good if decoded.dead is None else _with(good, decoded.dead, first, offsets)
@@ -269,14 +278,13 @@ class _Replay:
         return self._poisoned(message, copies >= POISON, copies) if copies[0] >= POISON else message
 
     def _poisoned(self, messages: pa.Table, bad: Mask, copies: Micros) -> pa.Table:
-        schema, raw = self.pipeline.source.schema, messages[RAW.name].combine_chunks()
+        raw = messages[RAW.name].combine_chunks()
         pairs = zip(raw.filter(pa.array(bad)).to_pylist(), copies[bad] - POISON, strict=True)
-        values = [poison(message, int(kind), schema, self.format) for message, kind in pairs]
+        values = [poison(message, int(kind), self._schema, self.format) for message, kind in pairs]
         return _messages(pc.replace_with_mask(raw, pa.array(bad), pa.array(values, RAW.type)))
 
     def _encoded(self, rows: pa.Table) -> pa.Table:
-        source = self.pipeline.source
-        found = encode(rows.select(source.schema.names).cast(source.schema.arrow), source.schema, self.format)
+        found = encode(rows.select(self._schema.names).cast(self._schema.arrow), self._schema, self.format)
         if self.format != "json" or EXTRA.name not in rows.column_names or rows[EXTRA.name].null_count == len(rows):
             return found
         sql = "SELECT CASE WHEN e IS NULL THEN r ELSE r[:-2] || ',' || e[2:] END AS r FROM batch"
@@ -311,11 +319,10 @@ def _messages(raw: pa.Array | pa.ChunkedArray) -> pa.Table:
     return pa.table({RAW.name: raw, "_rows": pa.array(np.ones(len(raw), np.int32))})
 
 
-def _keys(pipeline: "Pipeline") -> list[str]:
+def _keys(pipeline: "Pipeline", schema: RowSchema) -> list[str]:
     """The columns whose values choose a partition."""
-    source = pipeline.source
-    single = [field.name for field in source.schema.fields if not pa.types.is_nested(field.type)]
-    named = (source.identities, *(view.by for view in pipeline.views[:1]))
+    single = [field.name for field in schema.fields if not pa.types.is_nested(field.type)]
+    named = (pipeline.source.identities, *(view.by for view in pipeline.views[:1]))
     found = ([name for name in names if name in single] for names in named)
     return next(filter(None, found), [])
 

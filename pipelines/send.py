@@ -13,7 +13,7 @@ from pipelines import progress
 from pipelines.io.log import Log, open_log
 from pipelines.options import masked
 from pipelines.pace import Pace
-from pipelines.replay import Counts, Sent, messages
+from pipelines.replay import Counts, Sent, messages, written
 from pipelines.report import grid, moment, place
 from pipelines.runners.microbatch import stopped_by_signals
 from pipelines.transforms import progress as counted
@@ -168,7 +168,7 @@ def _prepare(log: Log, pipeline: "Pipeline") -> None:
     if log.format == "avro":
         if log.schemas is None:
             raise UserError(f"--live={log.uri}: format=avro needs a folder for its schemas: add &schemas=FOLDER")
-        Schemas(log.schemas).add(avro_schema(pipeline.source.schema))
+        Schemas(log.schemas).add(avro_schema(written(pipeline)))
 
 
 def _time(micros: int | None) -> datetime.datetime | None:

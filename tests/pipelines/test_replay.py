@@ -121,6 +121,9 @@ def test_a_seed_gives_the_same_messages_however_the_history_is_cut(tmp_path: Pat
     one, many = (sent(pipeline(), str(tmp_path / f"{name}.parquet"), disorder) for name in ("one", "many"))
     assert one == many == sent(pipeline(), rows(), disorder)
     assert one != sent(pipeline(), rows(), dataclasses.replace(disorder, seed=5))
+    for pace in (Pace(rate=900, wait=lambda _: False, clock=ever), Pace(speedup=99, wait=lambda _: False, clock=ever)):
+        paced = sent(pipeline(), rows(), disorder, pace=pace)
+        assert paced["0"]["_raw"].to_pylist() == one["0"]["_raw"].to_pylist()
 
 
 def test_a_history_larger_than_memory_gives_the_same_messages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +157,12 @@ def test_what_cannot_be_decoded_comes_after_the_row_before_it_with_its_bytes(tmp
     assert sorted(arrow["_rows"].to_pylist()) == [1, 1, 4] and b"not JSON, after c" in arrow["_raw"].to_pylist()
 
 
+def test_columns_that_no_run_reads_are_not_asked_for() -> None:
+    of = dataclasses.replace(pipeline(identity=None), events=False)
+    found = objects(sent(of, rows(2).drop_columns(["tags"]))["0"])
+    assert found[0] == {"sensor": "s0", "seen": "2024-01-01T00:00:00.000000Z"}
+
+
 def test_a_range_of_event_times_is_sent() -> None:
     start, stop = START + timedelta(seconds=10), START + timedelta(seconds=13)
     found = objects(sent(pipeline(), rows(), start=start, stop=stop)["0"])
@@ -180,6 +189,10 @@ def test_a_history_without_times_or_rows() -> None:
 def test_errors_are_for_people() -> None:
     with pytest.raises(UserError, match=r"nowhere\.csv: no such file"):
         sent(pipeline(), "nowhere.csv")
+
+
+ever = itertools.count().__next__
+"""A clock by which everything is due."""
 
 
 def micros(second: int) -> int:
