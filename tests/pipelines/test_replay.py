@@ -121,7 +121,10 @@ def test_a_seed_gives_the_same_messages_however_the_history_is_cut(tmp_path: Pat
     one, many = (sent(pipeline(), str(tmp_path / f"{name}.parquet"), disorder) for name in ("one", "many"))
     assert one == many == sent(pipeline(), rows(), disorder)
     assert one != sent(pipeline(), rows(), dataclasses.replace(disorder, seed=5))
-    for pace in (Pace(rate=900, wait=lambda _: False, clock=ever), Pace(speedup=99, wait=lambda _: False, clock=ever)):
+    for pace in (
+        Pace(rate=9_000, wait=lambda _: False, clock=ever),
+        Pace(speedup=2_000, wait=lambda _: False, clock=ever),
+    ):
         paced = sent(pipeline(), rows(), disorder, pace=pace)
         assert paced["0"]["_raw"].to_pylist() == one["0"]["_raw"].to_pylist()
 
