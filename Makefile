@@ -5,7 +5,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check bench constraints clean types
+.PHONY: help install run live test check bench constraints clean types
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -14,6 +14,14 @@ install: .venv/.installed  ## make .venv and install the project with its tools,
 
 run: install  ## run the built-in flights pipeline: 336,776 real flights into data/  (ARGS="--from=2013-06-01")
 	$(BIN)/python -m pipelines.run --pipeline=flights $(ARGS)
+
+LIVE := data/demo
+live: install  ## watch the flights arrive: a replayer sends them sped up, a speed layer follows, the table is live
+	@rm -rf $(LIVE) && mkdir -p $(LIVE)
+	@$(BIN)/pipelines replay --pipeline=flights --live=$(LIVE)/log.db --speedup=14400 --shuffle=30m --late=0.001 \
+	  --duplicate=0.01 --corrupt=0.001 > $(LIVE)/replay.log 2>&1 & replayer=$$!; trap 'kill $$replayer 2>/dev/null' EXIT; \
+	$(BIN)/python -m pipelines.run --pipeline=flights --mode=micro-batch --live=$(LIVE)/log.db --state=$(LIVE)/state \
+	  --store=$(LIVE)/store.db --dead_letters=$(LIVE)/dead_letters --report=$(LIVE)/run.json $(ARGS)
 
 test: install  ## run the tests  (ARGS="tests/io -k delta" for some of them)
 	$(BIN)/python -m pytest $(ARGS)

@@ -58,6 +58,7 @@ setup(
         "fsspec>=2025.1",
         "numpy>=2",
         "pyarrow>=20",
+        "rich>=13",
         "tzdata",  # time zones on machines that have none
     ],
     extras_require=EXTRAS,

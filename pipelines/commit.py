@@ -14,8 +14,7 @@ from pipelines.io.store import Pointer, open_store
 from pipelines.io.table import STAGED, Replace, Table
 from pipelines.options import Deployment
 from pipelines.transforms.aggregate import ANSWERS
-from pipelines.transforms.clean import SPAN
-from pipelines.transforms.conservation import Conservation, merge
+from pipelines.transforms.conservation import SPAN, Conservation, merge
 from pipelines.transforms.errors import DataRefused
 
 

@@ -13,8 +13,7 @@ import pyarrow as pa
 
 from pipelines.io.turns import Turn, Turns
 from pipelines.layer import Layer
-from pipelines.transforms.clean import SPAN
-from pipelines.transforms.conservation import TALLY, Conservation, merge
+from pipelines.transforms.conservation import SPAN, TALLY, Conservation, merge
 from pipelines.transforms.deadletters import DEAD_LETTERS
 from pipelines.transforms.errors import DataRefused
 from pipelines.transforms.lateness import NEVER, Position

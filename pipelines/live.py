@@ -10,7 +10,7 @@ import datetime
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -47,6 +47,7 @@ class Status:
     watermark: int | None
     held: str | None
     lag: int
+    state: int
     counts: Conservation
 
 
@@ -136,12 +137,16 @@ class SpeedLayer:
 
     def deliver(self) -> None:
         """Gives the last turn's answers to the store, its dead letters to their table. Repeating it changes nothing."""
-        outbox = {} if self.last is None else self.last.facts["outbox"]
         views = {view.plan.name: self.layer.named(view) for view in self.layer.views}
+        for kind, view, rows in self.delivered():
+            self._deliver(kind, views.get(view, ""), rows)
+
+    def delivered(self) -> Iterator[tuple[str, str, pa.Table]]:
+        """What the last turn gives: "answers" or "gone" of a view, or "dead"; the view; the rows."""
+        outbox = {} if self.last is None else self.last.facts["outbox"]
         for key, pieces in outbox.items():
             kind, _, view = key.partition("/")[0].partition(":")
-            for rows in (self.layer.turns.read(piece["name"]) for piece in pieces):
-                self._deliver(kind, views.get(view, ""), rows)
+            yield from ((kind, view, self.layer.turns.read(piece["name"])) for piece in pieces)
 
     def _deliver(self, kind: str, view: str, rows: pa.Table) -> None:
         assert self.last is not None
@@ -168,7 +173,8 @@ class SpeedLayer:
             max(0, bound.end - positions.get(name, Position(bound.start)).offset) for name, bound in bounds.items()
         )
         counts = Conservation.of(pa.Table.from_pylist(self.last.facts["tallies"], TALLY))
-        return Status(self.last, None if watermark == NEVER else watermark, held, lag, counts)
+        state = sum(piece["rows"] for pieces in self.last.facts["state"].values() for piece in pieces)
+        return Status(self.last, None if watermark == NEVER else watermark, held, lag, state, counts)
 
     def facts(self) -> dict[str, Any]:
         """What a run's report is made of, as ``pipelines.report.Facts``."""

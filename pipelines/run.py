@@ -47,13 +47,13 @@ def run(pipeline: "Pipeline", deployment: Deployment, flags: Sequence[str] = ())
 
 
 def _live(pipeline: "Pipeline", deployment: Deployment, engine: runners.Engine, flags: Sequence[str]) -> "report.Facts":
-    from pipelines import live
+    from pipelines import live, report, watch
 
     if deployment.mode == "stream":
         said = "here a stream runs as micro-batch, one bounded graph a turn"
         print(f"{pipeline.name}: {deployment.runner} takes no unbounded graph; {said}", file=sys.stderr)
-    with _told():
-        return cast("report.Facts", live.run(pipeline, deployment, engine, flags))
+    with _told(), watch.shown(report.title(pipeline, deployment)) as told:
+        return cast("report.Facts", live.run(pipeline, deployment, engine, flags, told=told))
 
 
 def _batch(

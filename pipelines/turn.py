@@ -20,8 +20,7 @@ from pipelines.io.log import open_log
 from pipelines.layer import Layer
 from pipelines.transforms import tables  # noqa: F401  (registers the coder of pa.Table)
 from pipelines.transforms.buckets import split
-from pipelines.transforms.clean import SPAN
-from pipelines.transforms.conservation import tally
+from pipelines.transforms.conservation import SPAN, tally
 from pipelines.transforms.deadletters import refuse
 from pipelines.transforms.lateness import EXPIRES, Position
 from pipelines.transforms.seen import compacted

@@ -10,33 +10,28 @@ import pyarrow.compute as pc
 
 from pipelines.transforms import query, tables  # noqa: F401  (tables registers the coder of pa.Table)
 from pipelines.transforms.chain import Chain
-from pipelines.transforms.conservation import tally
+from pipelines.transforms.conservation import SPAN, tally
 from pipelines.transforms.protect import Cipher
-
-SPAN = pa.schema([("first", pa.int64()), ("last", pa.int64())])
-"""The least and greatest event time of some rows, µs UTC."""
+from pipelines.transforms.ranges import EVERYTHING, Ranges, inside
 
 
 @dataclasses.dataclass(frozen=True)
 class Between:
-    """Only rows whose event time is in [start, stop), µs UTC; the others are counted as filtered. None: open.
+    """Only rows whose event time is in one of the ranges; the others are counted as filtered.
 
     A row without an event time passes: refusing it is the chain's."""
 
     event_time: str
-    start: int | None = None
-    stop: int | None = None
+    ranges: Ranges = (EVERYTHING,)
 
     def split(self, rows: pa.Table) -> tuple[pa.Table, pa.Table]:
         """The rows inside, and the tally of those outside."""
-        time = f"epoch_us(TRY({self.event_time}))"
-        bounds = ([f"{time} < {self.start}"] if self.start is not None else []) + (
-            [f"{time} >= {self.stop}"] if self.stop is not None else []
-        )
-        if not bounds:
+        if EVERYTHING in self.ranges:
             return rows, tally("source", "filtered", 0)
-        inside = query.run(f"SELECT * FROM batch WHERE NOT coalesce({' OR '.join(bounds)}, false)", {"batch": rows})
-        return inside, tally("source", "filtered", len(rows) - len(inside), "outside --from/--to")
+        times = query.run(f"SELECT epoch_us(TRY({self.event_time})) AS t FROM batch", {"batch": rows})["t"]
+        kept = inside(self.ranges, times.fill_null(0).to_numpy()) | times.is_null().to_numpy(zero_copy_only=False)
+        found = rows if kept.all() else rows.filter(pa.array(kept))
+        return found, tally("source", "filtered", len(rows) - len(found), "outside --from/--to")
 
 
 @dataclasses.dataclass

@@ -20,12 +20,16 @@ TALLY = pa.schema(
 """part: "source", "exploded" (what an Explode made of source rows), "view:<name>" or "dimension:<name>". reason: "" or
 what a counter is told apart by. n: rows."""
 
+SPAN = pa.schema([("first", pa.int64()), ("last", pa.int64())])
+"""The least and greatest event time of some rows, µs UTC."""
+
 SOURCE = ("read", "kept", "filtered", "rejected", "late", "duplicate")
 """The counters of part "source", all in source rows."""
 
 Counter = Literal[
-    "read", "kept", "filtered", "rejected", "late", "duplicate", "partly_late", "rows_in", "rows_out", "results", "unmatched"
-]
+    "read", "kept", "filtered", "rejected", "late", "duplicate", "partly_late", "rows_in", "rows_out", "results",
+    "unmatched",
+]  # fmt: skip
 
 
 def tally(part: str, counter: Counter, n: int, reason: str = "") -> pa.Table:
