@@ -310,6 +310,14 @@ def dimension(of: Dimension, uri: str) -> pa.Table:
     return unique(of.name, of.key, of.valid_from, pa.concat_tables(parts), of.schema.personal)
 
 
+def ready(pipeline: Pipeline, deployment: Deployment) -> None:
+    """Looks at the log, the dimensions, the kept state and the dead letters. Raises UserError; writes nothing."""
+    made = layer(pipeline, deployment, 1)
+    for of in pipeline.dimensions:
+        dimension(of, deployment.dimensions[of.name])
+    made.turns.last()
+
+
 def run(
     pipeline: Pipeline,
     deployment: Deployment,

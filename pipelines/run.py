@@ -101,9 +101,14 @@ def _uncollected() -> Iterator[None]:
 def dry_run(pipeline: "Pipeline", deployment: Deployment) -> None:
     """Reads every header, plans every file, looks at every table, and runs nothing."""
     runners.named(deployment.runner)
-    from pipelines import graph
+    if deployment.mode == "batch":
+        from pipelines import graph
 
-    graph.prepare(pipeline, deployment)
+        graph.prepare(pipeline, deployment)
+    else:
+        from pipelines import live
+
+        live.ready(pipeline, deployment)
 
 
 def mistake(error: BaseException) -> UserError | DataRefused | None:
