@@ -1,17 +1,24 @@
 """The Store's Beam side: finished view rows go into a generation, and what was written comes out."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
+import pyarrow.compute as pc
 from apache_beam.transforms.window import BoundedWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
-from pipelines.io.store import Store, open_store
+from pipelines.io.store import LIVE, Store, open_store
+from pipelines.transforms import query
+from pipelines.transforms.expressions import quote
 
 WRITTEN = pa.schema([("view", pa.string()), ("rows", pa.int64()), ("newer", pa.int64())])
 """What a bundle says: rows it was given, and how many were newer than the store's (a retried bundle's are not)."""
+
+ROWS_BITS = 35
+"""Of a version in a stream: the rows that an answer is of, behind the epoch of the job."""
 
 _ENOUGH = 64 << 20  # bytes held back for one transaction: the more rows together, the fewer pages written
 
@@ -64,3 +71,62 @@ class WriteStore(beam.DoFn):  # type: ignore[misc]
                 self.view, rows, generation=self.generation, version=self.version
             )
         self._rows, self._waiting = [], 0
+
+
+def epoch(seconds: float) -> int:
+    """What the versions of a job begin with: a job that starts later than another by 8 s writes over it.
+
+    >>> epoch(1_700_000_000) << ROWS_BITS < 2**63
+    True
+    """
+    return int(seconds) >> 3
+
+
+@dataclasses.dataclass(eq=False)
+class Deliver(beam.DoFn):  # type: ignore[misc]
+    """Answers into the LIVE generation of a view in a store; gone: sessions out of it. One transaction a bundle.
+
+    Guarantee: effectively once. The version of an answer is the rows that it is of, which only grow; that of a session
+    that another absorbed is past any. So a bundle that is tried again, or a job that goes on from a checkpoint and cuts
+    its panes differently, changes nothing that is newer.
+    """
+
+    uri: str
+    view: str
+    keys: tuple[str, ...]
+    epoch: int
+    gone: bool = False
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._store: Store | None = None
+        self._rows: list[pa.Table] = []
+
+    def setup(self) -> None:
+        self._store = open_store(self.uri)
+
+    def start_bundle(self) -> None:
+        self._rows = []
+
+    def process(self, rows: pa.Table) -> None:
+        if len(rows):
+            self._rows.append(rows)
+
+    def finish_bundle(self) -> None:
+        assert self._store is not None
+        if not self._rows:
+            return
+        rows, first, several = pa.concat_tables(self._rows), self.epoch << ROWS_BITS, len(self._rows) > 1
+        self._rows = []
+        if self.gone:
+            self._store.delete(self.view, rows, generation=LIVE, version=first + (1 << ROWS_BITS) - 1)
+            return
+        if several:  # a key may have answers of several panes
+            keys = ", ".join(map(quote, self.keys))
+            newest = f"SELECT * FROM rows QUALIFY row_number() OVER (PARTITION BY {keys} ORDER BY _rows DESC) = 1"
+            rows = query.run(newest, {"rows": rows})
+        self._store.upsert(self.view, rows, generation=LIVE, version=pc.add(rows["_rows"], first))
+
+    def teardown(self) -> None:
+        if self._store is not None:
+            self._store.close()

@@ -17,11 +17,13 @@ class Engine(Protocol):
     """What a runner's module offers.
 
     DISTRIBUTED: work must be dealt out to workers, and nothing is shared by a disk of one process. UNBOUNDED: it takes
-    graphs that do not end; a live run on another runner is of turns.
+    graphs that do not end, given with ``--streaming``; a live run on another runner is of turns. DEALT: the rows of an
+    unbounded source must go through a Reshuffle.
     """
 
     DISTRIBUTED: bool
     UNBOUNDED: bool
+    DEALT: bool
 
     def run(self, build: Callable[["beam.Pipeline"], None], flags: Sequence[str]) -> None:
         """Runs what ``build`` puts on an empty pipeline to its end. flags: Beam's own options. Raises what failed."""

@@ -19,9 +19,10 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
 DISTRIBUTED = False
 UNBOUNDED = False
+DEALT = False
 
 
-def run(build: Callable[[beam.Pipeline], None], flags: Sequence[str], *, unbounded: bool = False) -> None:
+def run(build: Callable[[beam.Pipeline], None], flags: Sequence[str]) -> None:
     """Runs the graph to its end in this process. What a worker raises is raised, with Beam's addition to its text."""
     prepared(build, flags)()
 

@@ -24,6 +24,7 @@ from pipelines.transforms.errors import UserError
 
 DISTRIBUTED = True
 UNBOUNDED = True
+DEALT = False
 
 _POM = Path(__file__).with_name("flink.pom.xml")
 _MAIN = "org.apache.beam.runners.flink.FlinkJobServerDriver"

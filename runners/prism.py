@@ -22,6 +22,7 @@ from pipelines.transforms.errors import UserError
 
 DISTRIBUTED = True
 UNBOUNDED = True
+DEALT = True
 
 _PACKAGE = f"github.com/apache/beam/sdks/v2/go/cmd/prism@v{beam.__version__}"
 _STARTED = re.compile(r'msg="Serving JobManagement" endpoint=\S+:(\d+)')

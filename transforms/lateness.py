@@ -103,10 +103,14 @@ class Lateness:
         opened = self.window.opens(np.maximum(watermark, NEVER + 2**62) - self.allowed)
         return pa.array(opened, SINCE.type, mask=opened <= first)
 
-    def closed(self, starts: Micros, watermark: int) -> npt.NDArray[np.bool_]:
-        """Which tiles, or sessions by their last row, can no longer change: no row for them is in time any more.
+    def closes(self, starts: Micros) -> Micros:
+        """The watermark from which on tiles, or sessions by their last row, can no longer change: no row for them is in
+        time any more.
 
         A session stays a gap longer: a row in time may still join it, or two of them.
         """
-        longer = getattr(self.window, "micros", 0)
-        return self.expires(starts) + longer <= watermark
+        return self.expires(starts) + getattr(self.window, "micros", 0)
+
+    def closed(self, starts: Micros, watermark: int) -> npt.NDArray[np.bool_]:
+        """Which tiles, or sessions by their last row, are closed."""
+        return self.closes(starts) <= watermark
