@@ -201,6 +201,8 @@ class SpeedLayer:
             "last": _iso(span.get("last")),
             "skipped": [],
             "positions": {name: position.offset for name, position in self.positions.items()},
+            "lag": status.lag if status else 0,
+            "state": status.state if status else 0,
         }
 
     def _positions(self, bounds: dict[str, Bounds]) -> dict[str, Position]:

@@ -32,8 +32,8 @@ class Facts(TypedDict):
     rows: source rows by counter. rejected: by reason. dropped: rejected or filtered behind that, by part ("view:x",
     "exploded") and reason. unmatched: look-ups without a match, by dimension and reason.
     boundary: the time up to which the batch layer now speaks. first, last: the least and greatest event time kept.
-    skipped: views that a range of event times cannot recompute. positions: of a live run, the next offset of each
-    partition.
+    skipped: views that a range of event times cannot recompute. Of a live run: positions, the next offset of each
+    partition; lag, the rows that the log has behind them; state, the rows of state that are kept.
     """
 
     rows: dict[str, int]
@@ -45,7 +45,10 @@ class Facts(TypedDict):
     first: str | None
     last: str | None
     skipped: list[str]
+    since: NotRequired[str | None]
     positions: NotRequired[dict[str, int]]
+    lag: NotRequired[int]
+    state: NotRequired[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Report:
             "unmatched": facts["unmatched"],
             "views": facts["views"],
             "boundary": facts["boundary"],
-            **({"positions": facts["positions"]} if "positions" in facts else {}),
+            **{name: facts[name] for name in ("positions", "lag", "state") if name in facts},  # type: ignore[literal-required]
             **dataclasses.asdict(self.usage),
         }
         return json.dumps(told, indent=2, ensure_ascii=False)
@@ -145,6 +148,7 @@ class Report:
             for name, view in self.facts["views"].items()
         ]
         skipped = [f"  {name}: left as it was; a range cannot recompute it" for name in self.facts["skipped"]]
+        skipped += [f"  {since}"] if (since := self.facts.get("since")) else []
         return "\n".join(
             [indent(grid(("view", "rows", "digest", "complete through"), rows)), *skipped] if rows else skipped
         )

@@ -6,6 +6,7 @@ Both tell the watermark and the partition that holds it back, the lag, the rate,
 import contextlib
 import dataclasses
 import datetime
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,9 @@ from pipelines.report import cell, moment
 LINE_SECONDS = 5.0
 WINDOWS = 5
 """Rows of each view that are shown."""
+
+LONGEST = 24
+"""Characters of a cell."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +94,8 @@ def shown(
         now = Rate(status.counts.rows["read"], clock())
         if live is not None:
             tables = latest(speed, tables)
-            live.update(_page(title, told(status, now.since(before)), tables), refresh=True)
+            page = _page(title, told(status, now.since(before)), tables, live.console.width)
+            live.update(page, refresh=True)
         elif now.at - last >= LINE_SECONDS:
             print(f"{title}: {told(status, now.since(before))}", file=stream, flush=True)
             last = now.at
@@ -102,19 +107,36 @@ def shown(
         yield after
 
 
-def _page(title: str, line: str, tables: dict[str, pa.Table]) -> RenderableType:
+def _page(title: str, line: str, tables: dict[str, pa.Table], width: int) -> RenderableType:
     parts: list[RenderableType] = [Text(title, style="bold"), Text(line)]
     for name, rows in tables.items():
-        table = Table(title=name, title_justify="left", box=None, pad_edge=False)
-        for field in rows.schema:
-            number = (
-                pa.types.is_floating(field.type) or pa.types.is_integer(field.type) or pa.types.is_decimal(field.type)
-            )
-            table.add_column(field.name, justify="right" if number else "left", no_wrap=True)
-        for row in rows.to_pylist():
-            table.add_row(*(cell(value) for value in row.values()))
+        columns = [column for column in rows.column_names if column != "window_end"]
+        cells = {column: [_short(value) for value in rows[column].to_pylist()] for column in columns}
+        fitting = _fitting({column: max(map(len, (column, *cells[column]))) for column in columns}, width)
+        more = f" (not shown: {', '.join(columns[fitting:])})" if fitting < len(columns) else ""
+        table = Table(title=f"{name}{more}", title_justify="left", box=None, pad_edge=False)
+        for column in columns[:fitting]:
+            number = not isinstance(rows[column][0].as_py(), str | datetime.datetime)
+            table.add_column(column, justify="right" if number else "left", no_wrap=True)
+        for row in zip(*(cells[column] for column in columns[:fitting]), strict=True):
+            table.add_row(*row)
         parts += [Text(""), table]
     return Group(*parts)
+
+
+def _fitting(widths: dict[str, int], width: int) -> int:
+    """How many columns, from the first on, fit side by side.
+
+    >>> _fitting({"a": 5, "b": 5}, 10), _fitting({"a": 5, "b": 5}, 12)
+    (1, 2)
+    """
+    ends = itertools.accumulate(each + 2 for each in widths.values())
+    return sum(end - 2 <= width for end in ends)
+
+
+def _short(value: object) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else cell(value)
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
 def _time(micros: int) -> datetime.datetime:
