@@ -114,13 +114,13 @@ def _page(title: str, line: str, tables: dict[str, pa.Table], width: int) -> Ren
         cells = {column: [_short(value) for value in rows[column].to_pylist()] for column in columns}
         fitting = _fitting({column: max(map(len, (column, *cells[column]))) for column in columns}, width)
         more = f" (not shown: {', '.join(columns[fitting:])})" if fitting < len(columns) else ""
-        table = Table(title=f"{name}{more}", title_justify="left", box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False)
         for column in columns[:fitting]:
             number = not isinstance(rows[column][0].as_py(), str | datetime.datetime)
             table.add_column(column, justify="right" if number else "left", no_wrap=True)
         for row in zip(*(cells[column] for column in columns[:fitting]), strict=True):
             table.add_row(*row)
-        parts += [Text(""), table]
+        parts += [Text(f"\n{name}{more}", style="bold"), table]
     return Group(*parts)
 
 
