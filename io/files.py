@@ -26,11 +26,26 @@ SPLIT = 64 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What there is to read. rows: where every file tells them (Parquet), else None. bytes: of the files, as stored."""
+    """What there is to read: a History. rows: where every file tells them (Parquet), else None. bytes: of the files, as
+    stored."""
 
     splits: tuple[Split, ...]
     rows: int | None
     bytes: int
+
+    @property
+    def format(self) -> str:
+        """How the bytes of a refused row are read, one way for all. Raises UserError for files of several formats."""
+        formats = {split.format: split.file.source for split in self.splits}
+        if len(formats) > 1:
+            (one, first), (other, second), *_ = formats.items()
+            raise UserError(
+                f"{first} is {one}, {second} is {other}; a history has one format: name fewer files or convert some"
+            )
+        return next(iter(formats), "json")
+
+    def read(self, split: Split) -> Iterator[pa.Table]:
+        return read(split)
 
 
 class Opened(Protocol):

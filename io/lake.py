@@ -10,9 +10,13 @@ of the small files of a date.
 
 import dataclasses
 import hashlib
+import hmac
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import fsspec
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -20,9 +24,10 @@ import pyarrow.parquet as pq
 from pipelines.io.log import Bounds, Log
 from pipelines.io.parquet import ROW_GROUP, Folder
 from pipelines.io.table import STAGED, Files, Part, Table, TableConflict, open_table
+from pipelines.transforms.buckets import hashes
 from pipelines.transforms.conform import EXTRA
 from pipelines.transforms.encode import encode
-from pipelines.transforms.errors import DataRefused
+from pipelines.transforms.errors import DataRefused, UserError
 from pipelines.transforms.intake import Intake, next_offset
 from pipelines.transforms.lateness import Position
 from pipelines.transforms.protect import Cipher
@@ -32,6 +37,7 @@ LAKE = pa.schema(
     [
         pa.field("event_time", UTC_MICROS),
         pa.field("event_date", pa.date32()),
+        pa.field("identity", pa.int64()),
         pa.field("partition", pa.string(), nullable=False),
         pa.field("offset", pa.int64(), nullable=False),
         pa.field("published", UTC_MICROS, nullable=False),
@@ -41,8 +47,9 @@ LAKE = pa.schema(
     ]
 )
 """One row an event. event_time, event_date: null where the message cannot be decoded, has no event time, or one later
-than the log took it. published: when that was. format: how the payload is read: "json", "avro", or "arrow" for an Arrow
-message that is none; of a good one each row is a payload of its own, in JSON. payload: the message's exact bytes.
+than the log took it. identity: a hash of the source's identity, equal for equal ones; null where there is none, or it
+says the event time. published: when the log took it. format: how the payload is read: "json", "avro", or "arrow" for an
+Arrow message that is none; of a good one each row is a payload of its own, in JSON. payload: the message's exact bytes.
 key_id: null where the payload is in the clear, else the name of the key of its AES-GCM."""
 
 _NOTHING = LAKE.remove(LAKE.get_field_index("key_id")).empty_table()
@@ -69,11 +76,14 @@ _DAY = 86_400_000_000
 @dataclasses.dataclass(frozen=True)
 class Extent:
     """What a lake holds. offsets: by partition, the next one to be archived. greatest: by partition, the greatest event
-    time (µs), None where no row has one. version: of the commit that says so; 0: nothing was archived yet."""
+    time (µs), None where no row has one. dated: what event times and identities were found by, ever. format: of the
+    payloads ("json" of rows that came in Arrow). version: of the commit that says so; 0: nothing was archived yet."""
 
     version: int
     offsets: Mapping[str, int]
     greatest: Mapping[str, int | None]
+    dated: tuple[str, ...] = ()
+    format: str = "json"
 
     def through(self, disorder: int) -> int | None:
         """The event time (µs) up to which the rows are there, when they are late by ``disorder`` µs at most: the least
@@ -97,10 +107,21 @@ class Archived:
 
 @dataclasses.dataclass(frozen=True)
 class Lake:
-    """The lake of one pipeline, at a URI ``<lake>/<pipeline>``. cipher: of payloads with personal columns."""
+    """The lake of one pipeline, at a URI ``<lake>/<pipeline>``. cipher: of payloads with personal columns. identity:
+    the columns that name an event, where events of one name may have several event times."""
 
     uri: str
     cipher: Cipher | None = None
+    identity: tuple[str, ...] = ()
+
+    def dated(self, event_time: str) -> str:
+        """What is noted of how event times and identities were found."""
+        return f"{event_time} by {', '.join(self.identity)}" if self.identity else event_time
+
+    @property
+    def schemas(self) -> str:
+        """Where the writers' schemas of Avro messages are kept, beside the table."""
+        return f"{self.uri}/_schemas"
 
     @property
     def table(self) -> Table:
@@ -117,6 +138,11 @@ class Lake:
         rows that were not archived are gone from the log, or this is another log.
         """
         ends = {name: bounds.end for name, bounds in log.bounds().items()}
+        before, form = self.extent(), "avro" if log.format == "avro" else "json"
+        if before.version and before.format != form:
+            raise UserError(f"lake {self.uri}: holds {before.format}, this log has {log.format}; name another lake")
+        if log.schemas is not None:
+            _copy(log.schemas, self.schemas)
         rows = undated = commits = 0
         while True:
             extent = self.extent()
@@ -141,7 +167,7 @@ class Lake:
                 if not len(messages):
                     positions[name] = dataclasses.replace(positions[name], offset=ends[name])
                     continue
-                rows = _rows(messages, intake)
+                rows = self._rows(messages, intake)
                 times = [time for time in (positions[name].greatest, _greatest(rows)) if time is not None]
                 positions[name] = Position(next_offset(messages), max(times, default=None))
                 parts.append(rows.append_column("partition", pa.repeat(pa.scalar(name), len(rows))))
@@ -149,16 +175,50 @@ class Lake:
         if not started:
             return None
         rows = pa.concat_tables(parts) if parts else _NOTHING
-        self._commit(self._sealed(rows), extent, positions)
+        self._commit(self._sealed(rows), extent, positions, intake)
         return rows
 
-    def _commit(self, rows: pa.Table, before: Extent, positions: Mapping[str, Position]) -> None:
+    def _rows(self, messages: pa.Table, intake: Intake) -> pa.Table:
+        """event_time, event_date, identity, offset, published, format, payload of the messages of one partition."""
+        dated, form = intake.dated(messages), intake.messages.format
+        if form == "arrow":
+            rows = _events(dated.rows, dated.dead, intake).sort_by("offset")
+        else:
+            rows = pa.table({"offset": messages["_offset"], "payload": messages["_raw"].cast(pa.binary())})
+            rows = rows.append_column("format", pa.repeat(form, len(rows)))
+        offsets = rows["offset"].to_numpy()
+        at = np.searchsorted(offsets, dated.rows["_offset"].to_numpy())
+        times, unknown = np.zeros(len(rows), np.int64), np.ones(len(rows), np.bool_)
+        times[at], unknown[at] = dated.times, ~dated.known
+        times[unknown] = 0
+        names, unnamed = np.zeros(len(rows), np.int64), np.ones(len(rows), np.bool_)
+        if self.identity:
+            names[at], unnamed[at] = self._named(dated.rows), False
+        message = np.searchsorted(messages["_offset"].to_numpy(), offsets, side="right") - 1
+        rows = rows.append_column("event_time", pa.array(times, pa.int64(), mask=unknown).cast(UTC_MICROS))
+        rows = rows.append_column(
+            "event_date", pa.array((times // _DAY).astype(np.int32), mask=unknown).cast(pa.date32())
+        )
+        rows = rows.append_column("identity", pa.array(names, pa.int64(), mask=unnamed))
+        return rows.append_column("published", messages["_published"].take(pa.array(message)))
+
+    def _named(self, rows: pa.Table) -> npt.NDArray[np.int64]:
+        """A hash of each row's identity, which nobody can try values out on without the key, where there is one."""
+        found = hashes(rows, list(self.identity))
+        if self.cipher is None:
+            return found.view(np.int64)
+        key = self.cipher.key.derive(f"{PURPOSE}/identity")
+        digests = b"".join(hmac.digest(key, value.tobytes(), "sha256")[:8] for value in found)
+        return np.frombuffer(digests, np.int64)
+
+    def _commit(self, rows: pa.Table, before: Extent, positions: Mapping[str, Position], intake: Intake) -> None:
         table, version = self.table, before.version + 1
-        note = {
-            "offsets": {name: position.offset for name, position in sorted(positions.items())},
-            "greatest": {name: position.greatest for name, position in sorted(positions.items())},
-        }
-        token = _token(dict(before.offsets), note["offsets"])
+        dated = tuple(dict.fromkeys([*before.dated, self.dated(intake.event_time)]))
+        form = "avro" if intake.messages.format == "avro" else "json"
+        offsets = {name: position.offset for name, position in sorted(positions.items())}
+        greatest = {name: position.greatest for name, position in sorted(positions.items())}
+        note = _note(Extent(version, offsets, greatest, dated, form))
+        token = _token(dict(before.offsets), offsets)
         staged = [
             _staged(table, some, f"{number}", token, version) for number, some in enumerate(_by_date(rows), start=1)
         ]
@@ -197,8 +257,7 @@ class Lake:
         rows = rows.sort_by([("partition", "ascending"), ("offset", "ascending")])
         token = _token(names, version)
         staged = _staged(table, rows, "compact", token, version)
-        note = {"offsets": dict(extent.offsets), "greatest": dict(extent.greatest)}
-        table.commit(staged, token=token, version=version, replace=Files(frozenset(names)), note=note)
+        table.commit(staged, token=token, version=version, replace=Files(frozenset(names)), note=_note(extent))
         return len(staged)
 
     def read(self, name: str) -> pa.Table:
@@ -217,7 +276,14 @@ def _extent(table: Table) -> Extent:
     last = table.last()
     if last is None:
         return Extent(table.next_version() - 1, {}, {})
-    return Extent(last.version, last.note["offsets"], last.note["greatest"])
+    return Extent(
+        last.version, last.note["offsets"], last.note["greatest"], tuple(last.note["dated"]), last.note["format"]
+    )
+
+
+def _note(extent: Extent) -> dict[str, Any]:
+    note = {"offsets": dict(extent.offsets), "greatest": dict(extent.greatest)}
+    return note | {"dated": list(extent.dated), "format": extent.format}
 
 
 def _positions(uri: str, bounds: Mapping[str, Bounds], extent: Extent) -> dict[str, Position]:
@@ -240,26 +306,19 @@ def _positions(uri: str, bounds: Mapping[str, Bounds], extent: Extent) -> dict[s
     return positions
 
 
-def _rows(messages: pa.Table, intake: Intake) -> pa.Table:
-    """event_time, event_date, offset, published, format, payload of the messages of one partition."""
-    dated, form = intake.dated(messages), intake.messages.format
-    if form == "arrow":
-        rows = _events(dated.rows, dated.dead, intake).sort_by("offset")
-    else:
-        rows = pa.table({"offset": messages["_offset"], "payload": messages["_raw"].cast(pa.binary())})
-        rows = rows.append_column("format", pa.repeat(form, len(rows)))
-    offsets = rows["offset"].to_numpy()
-    at = np.searchsorted(offsets, dated.rows["_offset"].to_numpy()[dated.known])
-    times, unknown = np.zeros(len(rows), np.int64), np.ones(len(rows), np.bool_)
-    times[at], unknown[at] = dated.times[dated.known], False
-    message = np.searchsorted(messages["_offset"].to_numpy(), offsets, side="right") - 1
-    rows = rows.append_column("event_time", pa.array(times, pa.int64(), mask=unknown).cast(UTC_MICROS))
-    rows = rows.append_column("event_date", pa.array((times // _DAY).astype(np.int32), mask=unknown).cast(pa.date32()))
-    return rows.append_column("published", messages["_published"].take(pa.array(message)))
-
-
 def _greatest(rows: pa.Table) -> int | None:
     return pc.max(rows["event_time"].cast(pa.int64())).as_py()  # type: ignore[no-any-return]
+
+
+def _copy(source: str, to: str) -> None:
+    """Copies the schemas that are not there yet; a file never changes."""
+    (from_, folder), (there, place) = fsspec.url_to_fs(source), fsspec.url_to_fs(to)
+    known = {name.rpartition("/")[2] for name in there.glob(f"{place}/*.avsc")}
+    for path in from_.glob(f"{folder}/*.avsc"):
+        if (name := path.rpartition("/")[2]) not in known:
+            there.makedirs(place, exist_ok=True)
+            there.pipe_file(f"{place}/.{name}", from_.cat_file(path))
+            there.mv(f"{place}/.{name}", f"{place}/{name}")
 
 
 def _events(rows: pa.Table, dead: pa.Table, intake: Intake) -> pa.Table:

@@ -1,4 +1,5 @@
-"""Reading files as a part of any Beam pipeline; what it does is in ``pipelines.io.files``, without Beam."""
+"""Reading a history as a part of any Beam pipeline; what it does is in ``pipelines.io.files`` and
+``pipelines.io.lake_rows``, without Beam."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -7,15 +8,15 @@ from typing import Any
 import apache_beam as beam
 import pyarrow as pa
 
-from pipelines.io.files import Plan, read
-from pipelines.io.splits import Split
+from pipelines.io.history import History
 from pipelines.transforms import progress, tables  # noqa: F401  (tables registers the coder of pa.Table)
 from pipelines.transforms.conservation import tally
 
 
 @dataclasses.dataclass
 class ReadFiles(beam.PTransform):  # type: ignore[misc]
-    """The tables of a plan. Outputs, both of pa.Table: ``rows`` and ``tallies`` (TALLY: source rows read).
+    """The tables of a plan, of files or a lake. Outputs, both of pa.Table: ``rows`` and ``tallies`` (TALLY: source rows
+    read).
 
     distributed: share the splits among workers by a Reshuffle (of the splits, never of rows); on one process that would
     only cost. shown: these are the rows that the run's progress counts. Every row is read exactly once per attempt of a
@@ -33,7 +34,7 @@ class ReadFiles(beam.PTransform):  # type: ignore[misc]
     [2, 4]
     """
 
-    plan: Plan
+    plan: History
     distributed: bool = False
     shown: bool = False
 
@@ -44,19 +45,19 @@ class ReadFiles(beam.PTransform):  # type: ignore[misc]
         splits = start | beam.Create(self.plan.splits, reshuffle=False)
         if self.distributed:
             splits = splits | beam.Reshuffle()
-        part = beam.ParDo(_Read(self.plan.rows is not None, self.shown)).with_output_types(pa.Table, tallies=pa.Table)
+        part = beam.ParDo(_Read(self.plan, self.shown)).with_output_types(pa.Table, tallies=pa.Table)
         return splits | part.with_outputs("tallies", main="rows")
 
 
 class _Read(beam.DoFn):  # type: ignore[misc]
-    def __init__(self, by_rows: bool, shown: bool) -> None:
-        self._by_rows, self._shown = by_rows, shown
+    def __init__(self, plan: History, shown: bool) -> None:
+        self._read, self._by_rows, self._shown = plan.read, plan.rows is not None, shown
 
-    def process(self, split: Split) -> Iterator[pa.Table]:
+    def process(self, split: Any) -> Iterator[pa.Table]:
         rows, weight = 0, split.bytes
-        for table in read(split):
+        for table in self._read(split):
             rows += len(table)
-            done = 0 if split.file.codec else min(weight, int(table.nbytes))  # how far a packed file is, nobody knows
+            done = 0 if split.packed else min(weight, int(table.nbytes))  # how far a packed file is, nobody knows
             weight -= done
             if self._shown:
                 progress.advance(len(table), None if self._by_rows else done)

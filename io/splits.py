@@ -32,6 +32,10 @@ class Split:
     def format(self) -> str:
         return self.file.format
 
+    @property
+    def packed(self) -> bool:
+        return bool(self.file.codec)
+
 
 def bookkeeping(source: str, first: int, rows: int) -> tuple[pa.Array, pa.Array]:
     """`_source` and `_offset` of consecutive rows. The source's indices are one shared array of zeros."""

@@ -19,10 +19,11 @@ from pipelines.io.store import LIVE, Pointer, StoreConflict
 from pipelines.transforms.errors import UserError
 from pipelines.transforms.ranges import EVERYTHING, Range, Ranges
 
-_APPLICATION, _FORMAT = 0, 1  # application_id and user_version of the file
+_APPLICATION, _FORMAT = 0, 2  # application_id and user_version of the file
 
 _CATALOG = (
-    "CREATE TABLE pointers (view TEXT PRIMARY KEY, boundary INTEGER, generation INTEGER, begun INTEGER NOT NULL)",
+    "CREATE TABLE pointers (view TEXT PRIMARY KEY, boundary INTEGER, generation INTEGER, note TEXT,"
+    " begun INTEGER NOT NULL)",
     "CREATE TABLE generations (view TEXT, generation INTEGER, keys TEXT NOT NULL, columns BLOB NOT NULL,"
     " PRIMARY KEY (view, generation))",
 )
@@ -124,8 +125,8 @@ class SqliteStore:
                     raise _overtaken(view, pointer.generation)
                 if former and former.generation != pointer.generation:
                     _drop(connection, view, former.generation)
-                moved = "UPDATE pointers SET boundary = ?, generation = ? WHERE view = ?"
-                connection.execute(moved, (pointer.boundary, pointer.generation, view))
+                moved = "UPDATE pointers SET boundary = ?, generation = ?, note = ? WHERE view = ?"
+                connection.execute(moved, (pointer.boundary, pointer.generation, pointer.note, view))
 
     def prune(self, view: str, boundary: int) -> int:
         with self._file.transaction("IMMEDIATE") as connection:
@@ -152,7 +153,7 @@ def _prepare(connection: sqlite3.Connection) -> None:
 
 
 def _pointer(connection: sqlite3.Connection, view: str) -> Pointer | None:
-    query = "SELECT generation, boundary FROM pointers WHERE view = ? AND generation IS NOT NULL"
+    query = "SELECT generation, boundary, note FROM pointers WHERE view = ? AND generation IS NOT NULL"
     row = connection.execute(query, (view,)).fetchone()
     return Pointer(*row) if row else None
 

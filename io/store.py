@@ -29,10 +29,12 @@ class StoreConflict(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Pointer:
-    """What a view's readers see: the batch generation, and the event time (µs, UTC) up to which it speaks."""
+    """What a view's readers see: the batch generation, and the event time (µs, UTC) up to which it speaks. note: what
+    its run had to say with it."""
 
     generation: int
     boundary: int | None
+    note: str | None = None
 
 
 class Store(Protocol):

@@ -16,8 +16,10 @@ from pipelines.transforms.windows import Duration
 
 def lake(pipeline: Pipeline, uri: str) -> Lake:
     """The lake of a pipeline at ``<uri>/<pipeline>``. Raises UserError without the key that personal columns need."""
-    cipher = Cipher(Key.load(), PURPOSE) if pipeline.source.schema.personal else None
-    return Lake(f"{uri}/{pipeline.name}", cipher)
+    source = pipeline.source
+    cipher = Cipher(Key.load(), PURPOSE) if source.schema.personal else None
+    said = pipeline.plan().lineage["events"]["event_time"] <= set(source.identities)
+    return Lake(f"{uri}/{pipeline.name}", cipher, () if said else source.identities)
 
 
 def archive(pipeline: Pipeline, deployment: Deployment) -> Archived:
@@ -34,7 +36,7 @@ def dating(pipeline: Pipeline, log: Log, ahead: int) -> Intake:
     source, plan = pipeline.source, pipeline.plan()
     schema = source.schema
     if log.format != "arrow":
-        used = plan.lineage["events"]["event_time"]
+        used = plan.lineage["events"]["event_time"].union(source.identities)
         schema = dataclasses.replace(schema, fields=tuple(field for field in schema.fields if field.name in used))
     decoder = Decoder(schema, pipeline.name, extra="keep" if log.format == "arrow" else "ignore")
     messages = Messages(decoder, log.format, log.schemas)

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import apache_beam as beam
@@ -26,6 +27,23 @@ class Output:
     table: Table
     version: int
     replace: Replace
+    note: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What the commit step knows of what was read. ranged: whether only a part was computed. stop: µs, where a range of
+    files ends. through: µs, how far the rows of a lake reach; None for files. spoken: boundaries of views of all time.
+    skipped: views that were left as they are. told: a line for the report. noted: whether the notes of the outputs are
+    of this run, and not what they said before."""
+
+    ranged: bool = False
+    stop: int | None = None
+    through: int | None = None
+    spoken: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
+    told: str | None = None
+    noted: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +68,10 @@ class Commit(beam.DoFn):  # type: ignore[misc]
         outputs: tuple[Output, ...],
         generations: dict[str, int],
         deployment: Deployment,
-        stop: int | None,
-        skipped: tuple[str, ...],
+        limits: Limits,
     ) -> None:
         self.pipeline, self.token, self.outputs, self.generations = pipeline, token, outputs, generations
-        self.deployment, self.stop, self.skipped = deployment, stop, skipped
+        self.deployment, self.limits = deployment, limits
 
     def process(
         self,
@@ -69,24 +86,31 @@ class Commit(beam.DoFn):  # type: ignore[misc]
         self._judge(counts)
         for output, parts in zip(self.outputs, staged, strict=True):
             every = pa.concat_tables([STAGED.empty_table(), *parts])
-            output.table.commit(every, token=self.token, version=output.version, replace=output.replace)
+            output.table.commit(
+                every, token=self.token, version=output.version, replace=output.replace, note=output.note
+            )
         views = self._answered(answered)
         self._flip(views)
         self._tell(counts, pa.concat_tables([SPAN.empty_table(), *spans]), views)
 
     def _flip(self, views: dict[str, _Answered]) -> None:
-        """A recomputed range leaves the boundary where it is: what lies after it was carried over."""
+        """A recomputed range leaves the boundary where it is: what lies after it was carried over. Rows of the speed
+        layer for which the lake's now speak go."""
         if not self.deployment.store:
             return
         with open_store(self.deployment.store) as store:
             pointers = {}
             for name, generation in self.generations.items():
-                before = store.pointer(f"{self.pipeline}.{name}") if self.stop is not None else None
+                before = store.pointer(f"{self.pipeline}.{name}") if self.limits.ranged else None
                 ends = [views[name].boundary, before.boundary if before else None]
-                pointers[f"{self.pipeline}.{name}"] = Pointer(
-                    generation, max((end for end in ends if end is not None), default=None)
-                )
+                boundary = max((end for end in ends if end is not None), default=None)
+                note = next(json.dumps(output.note) for output in self.outputs if output.name == name)
+                former = None if before is None or self.limits.noted else before.note
+                pointers[f"{self.pipeline}.{name}"] = Pointer(generation, boundary, former or note)
             store.flip(pointers)
+            for name, pointer in pointers.items() if self.limits.through is not None else ():
+                if pointer.boundary is not None:
+                    store.prune(name, pointer.boundary)
 
     def _judge(self, counts: Conservation) -> None:
         violations = counts.violations()
@@ -106,14 +130,14 @@ class Commit(beam.DoFn):  # type: ignore[misc]
 
     def _answered(self, answered: list[pa.Table]) -> dict[str, _Answered]:
         found = {
-            output.name: _Answered(0, 0, self.stop)
+            output.name: _Answered(0, 0, self.limits.spoken.get(output.name, self.limits.stop))
             for output in self.outputs
             if output.name not in ("events", "dead letters")
         }
         for row in pa.concat_tables([ANSWERS.empty_table(), *answered]).to_pylist():
             before = found[row["view"]]
             ends = [end for end in (before.boundary, row["boundary"]) if end is not None]
-            boundary = self.stop if self.stop is not None else max(ends, default=None)
+            boundary = self.limits.stop if self.limits.stop is not None else max(ends, default=None)
             found[row["view"]] = _Answered(before.rows + row["rows"], (before.digest + row["digest"]) % 2**64, boundary)
         return found
 
@@ -135,7 +159,8 @@ class Commit(beam.DoFn):  # type: ignore[misc]
             "boundary": _iso(min(boundaries, default=None)),
             "first": _iso(pc.min(spans["first"]).as_py()),
             "last": _iso(pc.max(spans["last"]).as_py()),
-            "skipped": list(self.skipped),
+            "skipped": list(self.limits.skipped),
+            "since": self.limits.told,
         }
         with fsspec.open(self.deployment.facts, "wt", encoding="utf-8") as file:
             json.dump(facts, file)

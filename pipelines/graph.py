@@ -15,6 +15,7 @@ import pyarrow as pa
 from pipelines.commit import Commit, Output
 from pipelines.definition import Dimension, Pipeline
 from pipelines.io import files
+from pipelines.io.history import History
 from pipelines.io.read import ReadFiles
 from pipelines.io.store import open_store
 from pipelines.io.table import Between as Replaced
@@ -22,6 +23,7 @@ from pipelines.io.table import Replace, Table, open_table
 from pipelines.io.upsert import WriteStore
 from pipelines.io.write import StageTable
 from pipelines.options import Deployment
+from pipelines.reading import Reading, reading
 from pipelines.sql import Plan
 from pipelines.transforms import progress, tables
 from pipelines.transforms.aggregate import Aggregate
@@ -34,37 +36,35 @@ from pipelines.transforms.dedupe import Dedupe
 from pipelines.transforms.errors import UserError
 from pipelines.transforms.lookup import unique
 from pipelines.transforms.protect import Cipher, Key
-from pipelines.transforms.ranges import Range
-from pipelines.transforms.schema import RowSchema
+from pipelines.transforms.ranges import EVERYTHING, Range, Ranges
 from pipelines.transforms.spill import Shelf, Spill, partitions
 from pipelines.transforms.view import ViewPlan
 
 BUCKET_ROWS, BUCKET_BYTES, BUCKETS = 4_000_000, 256 * 2**20, 16
 """A view's merge has a bucket for so many rows, or bytes of files, up to so many: each costs some ms, and together they
 bound what a merge holds at once."""
-_DAY = 86_400_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
     """A pipeline and its places, looked at and found in order; nothing is written yet.
 
-    start, stop: µs UTC, the windows that are recomputed are those that start in [start, stop). token: names this run by
-    its definition, files and range.
+    outputs: the tables that are written. views: those that are computed. token: names this run by its definition, files
+    and range.
     """
 
     pipeline: Pipeline
     deployment: Deployment
     plan: Plan
-    history: files.Plan
+    reading: Reading
     dimensions: dict[str, files.Plan]
     outputs: dict[str, Output]
     views: tuple[ViewPlan, ...]
-    skipped: tuple[str, ...]
-    start: int | None
-    stop: int | None
     token: str
-    schema: RowSchema
+
+    @property
+    def history(self) -> History:
+        return self.reading.history
 
 
 def prepare(pipeline: Pipeline, deployment: Deployment) -> Prepared:
@@ -73,54 +73,45 @@ def prepare(pipeline: Pipeline, deployment: Deployment) -> Prepared:
     chains = (plan.chain, *(view.chain for view in plan.views if view.chain is not None))
     if source.schema.personal or any(chain.keyed for chain in chains):
         Key.load()  # a run that would end without it had better not begin
-    start, stop = (None if at is None else int(at.timestamp() * 1_000_000) for at in (deployment.from_, deployment.to))
-    ranged = start is not None or stop is not None
     used = tuple(f for f in source.schema.fields if f.name in plan.columns or source.extra != "ignore")
     schema = dataclasses.replace(source.schema, fields=used)  # an unused column would be one that we do not know
-    history = files.plan(deployment.history or "", schema, extra=source.extra, invalid=source.invalid)
-    _format(history)
+    cipher = Cipher(Key.load(), PURPOSE) if source.schema.personal else None
+    decoder = Decoder(schema, pipeline.name, source.extra, source.invalid, None, cipher)
+    warehouse = f"{deployment.warehouse}/{pipeline.name}"
+    tables_ = {"dead letters": open_table(f"{deployment.dead_letters}/{pipeline.name}", DEAD_LETTERS)}
+    tables_ |= {"events": open_table(f"{warehouse}/events", plan.chain.schema)} if pipeline.events else {}
+    tables_ |= {view.name: open_table(f"{warehouse}/{view.name}", view.schema) for view in plan.views}
+    definition = _digest(*_said(plan))
+    read = reading(pipeline, plan, deployment, decoder, tables_, definition)
     dimensions = {
         d.name: files.plan(deployment.dimensions[d.name], d.schema, invalid="stop") for d in pipeline.dimensions
     }
-    views = tuple(view for view in plan.views if not ranged or view.window.longest is not None)
-    warehouse = f"{deployment.warehouse}/{pipeline.name}"
-    outputs = {
-        "dead letters": _output(
-            "dead letters",
-            f"{deployment.dead_letters}/{pipeline.name}",
-            DEAD_LETTERS,
-            "nothing" if ranged else "everything",
-        )
-    }
-    if pipeline.events:
-        outputs["events"] = _output(
-            "events",
-            f"{warehouse}/events",
-            plan.chain.schema,
-            Replaced("event_time", (Range(start, stop),)) if ranged else "everything",
-        )
-    for view in views:
-        replace: Replace = Replaced("window_start", (Range(start, stop),)) if ranged else "everything"
-        outputs[view.name] = _output(view.name, f"{warehouse}/{view.name}", view.schema, replace)
-    skipped = tuple(view.name for view in plan.views if view not in views)
-    token = _token(plan, history, dimensions, start, stop)
-    return Prepared(
-        pipeline, deployment, plan, history, dimensions, outputs, views, skipped, start, stop, token, schema
-    )
+    outputs = {name: _output(name, table, read) for name, table in tables_.items() if name not in read.scope.skipped}
+    views = tuple(view for view in plan.views if view.name in outputs and read.scope.of(view.name))
+    token = _digest(*_said(plan), read.history.splits, dimensions, read.scope)
+    return Prepared(pipeline, deployment, plan, read, dimensions, outputs, views, token)
 
 
-def _output(name: str, uri: str, schema: pa.Schema, replace: Replace) -> Output:
-    table = open_table(uri, schema)
+def _output(name: str, table: Table, read: Reading) -> Output:
+    last = table.last()
+    ranges = read.scope.of(name) if read.scope.ranged and name != "dead letters" else ()
+    replace: Replace = "nothing" if read.scope.ranged else "everything"
+    if ranges:
+        replace = Replaced("event_time" if name == "events" else "window_start", ranges)
     table.check(replace)
-    return Output(name, table, table.next_version(), replace)
+    note = read.note if read.note is not None else {} if last is None else last.note
+    return Output(name, table, table.next_version(), replace, note)
 
 
-def _token(plan: Plan, history: files.Plan, dimensions: dict[str, files.Plan], *bounds: int | None) -> str:
+def _said(plan: Plan) -> tuple[object, ...]:
     chains = (plan.chain, *(view.chain for view in plan.views if view.chain is not None))
     stages = [stage for chain in chains for stage in chain.stages]
     steps = [stage.sql if isinstance(stage, SqlStage) else stage.label for stage in stages]
-    said = repr((steps, [(view.partial, view.result) for view in plan.views], history.splits, dimensions, bounds))
-    return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
+    return steps, [(view.partial, view.result) for view in plan.views]
+
+
+def _digest(*said: object) -> str:
+    return hashlib.blake2b(repr(said).encode(), digest_size=8).hexdigest()
 
 
 def build(root: beam.Pipeline, run: Prepared, *, spill: Path | None = None) -> None:
@@ -128,19 +119,19 @@ def build(root: beam.Pipeline, run: Prepared, *, spill: Path | None = None) -> N
 
     spill: where the one process of DirectRunner may keep rows and states on disk; None on engines, which shuffle them.
     """
-    source, deployment = run.pipeline.source, run.deployment
+    source, deployment, read_ = run.pipeline.source, run.deployment, run.reading
     cipher = Cipher(Key.load(), PURPOSE) if source.schema.personal else None
     sides = {d.name: _dimension(root, d, run.dimensions[d.name]) for d in run.pipeline.dimensions}
     progress.expect(run.history.rows if run.history.rows is not None else run.history.bytes)
     read = root | "read" >> ReadFiles(run.history, distributed=spill is None, shown=True)
-    decoder = Decoder(run.schema, run.pipeline.name, source.extra, source.invalid, None, cipher)
-    decoded = read.rows | "decode" >> Decode(decoder)
+    decoded = read.rows | "decode" >> Decode(read_.decoder)
     rows, dead, tallies = decoded.rows, [decoded.dead], [read.tallies, decoded.tallies]
     if source.identities:
         first = rows | "dedupe" >> _dedupe(run, spill, cipher)
         rows, dead, tallies = first.rows, [*dead, first.dead], [*tallies, first.tallies]
-    chain = dataclasses.replace(run.plan.chain, format=_format(run.history))
-    clean = rows | "clean" >> Clean(chain, _read_range(run), sides, cipher)
+    chain = dataclasses.replace(run.plan.chain, format=run.history.format)
+    within = Between(run.plan.event_time, read_.scope.rows)
+    clean = rows | "clean" >> Clean(chain, within, sides, cipher)
     dead.append(clean.dead)
     tallies.append(clean.tallies)
     staged: dict[str, beam.PCollection] = {}
@@ -150,7 +141,8 @@ def build(root: beam.Pipeline, run: Prepared, *, spill: Path | None = None) -> N
     answered, written, generations = [], [], {}
     for view in run.views:
         buckets = deployment.buckets or _buckets(run.history)
-        answers = clean.rows | Aggregate(view, buckets, sides, cipher, run.start, run.stop, shelf)
+        aggregate = Aggregate(view, buckets, sides, cipher, read_.scope.of(view.name), read_.through, shelf)
+        answers = _spoken(clean.rows, view, read_) | aggregate
         dead.append(answers["dead"])
         tallies.append(answers["tallies"])
         answered.append(answers["answered"])
@@ -167,8 +159,14 @@ def build(root: beam.Pipeline, run: Prepared, *, spill: Path | None = None) -> N
         letters = letters | "not held yet" >> new
     staged["dead letters"] = _stage(letters, "dead letters", run)
     outputs = tuple(run.outputs.values())
-    commit = Commit(run.pipeline.name, run.token, outputs, generations, deployment, run.stop, run.skipped)
-    lists = [tallies, [clean.spans], answered, written, *([staged[output.name]] for output in outputs)]
+    commit = Commit(run.pipeline.name, run.token, outputs, generations, deployment, read_.limits)
+    lists = [
+        tallies,
+        [clean.spans],
+        answered,
+        written,
+        *([staged[name]] if name in staged else [] for name in run.outputs),
+    ]
     gathered = [_list(root, parts, number) for number, parts in enumerate(lists)]
     _ = root | "once" >> beam.Create([0]) | "commit" >> beam.ParDo(commit, *gathered)
 
@@ -180,25 +178,14 @@ def _dedupe(run: Prepared, folder: Path | None, cipher: Cipher | None) -> Dedupe
         identity,
         run.pipeline.source.columns,
         pipeline=run.pipeline.name,
-        format=_format(run.history),
+        format=run.history.format,
         spill=None if folder is None else Spill(folder, identity, parts),
         buckets=parts,
         cipher=cipher,
     )
 
 
-def _format(history: files.Plan) -> str:
-    """How the bytes of a refused row are read: in one way for all. Raises UserError for files of several formats."""
-    formats = {split.format: split.file.source for split in history.splits}
-    if len(formats) > 1:
-        (one, first), (other, second), *_ = formats.items()
-        raise UserError(
-            f"{first} is {one}, {second} is {other}; a history has one format: name fewer files or convert some"
-        )
-    return next(iter(formats), "json")
-
-
-def _buckets(history: files.Plan) -> int:
+def _buckets(history: History) -> int:
     size = history.bytes // BUCKET_BYTES if history.rows is None else history.rows // BUCKET_ROWS
     return max(1, min(BUCKETS, size))
 
@@ -208,17 +195,21 @@ def _list(root: beam.Pipeline, parts: list[beam.PCollection], number: int) -> be
     return beam.pvalue.AsList(tables_)
 
 
-def _read_range(run: Prepared) -> Between:
-    """Rows of the windows that start in the range: those of the last of them may lie behind its end."""
-    longest = max((view.window.longest or 0 for view in run.views), default=0)
-    return Between(run.plan.event_time, run.start, None if run.stop is None else run.stop + longest)
-
-
 def _inside(rows: beam.PCollection, run: Prepared) -> beam.PCollection:
-    if run.stop is None:
+    ranges = run.reading.scope.of("events")
+    return rows if EVERYTHING in ranges else _between(rows, "events inside", ranges)
+
+
+def _spoken(rows: beam.PCollection, view: ViewPlan, read: Reading) -> beam.PCollection:
+    """Of a view of all time the rows that the batch layer speaks for: what is behind them the speed layer adds."""
+    if view.name not in read.spoken:
         return rows
-    inside = Between("event_time", run.start, run.stop)
-    return rows | "events inside" >> beam.Map(lambda table: inside.split(table)[0]).with_output_types(pa.Table)
+    return _between(rows, f"{view.name} inside", (Range(None, read.spoken[view.name]),))
+
+
+def _between(rows: beam.PCollection, label: str, ranges: Ranges) -> beam.PCollection:
+    inside = Between("event_time", ranges)
+    return rows | label >> beam.Map(lambda table: inside.split(table)[0]).with_output_types(pa.Table)
 
 
 def _stage(rows: beam.PCollection, name: str, run: Prepared) -> beam.PCollection:
@@ -230,7 +221,7 @@ def _begin(run: Prepared, view: ViewPlan) -> int:
     assert run.deployment.store
     keys = (*view.by, "window_start")
     with open_store(run.deployment.store) as store:
-        return store.begin(f"{run.pipeline.name}.{view.name}", view.schema, keys, (Range(run.start, run.stop),))
+        return store.begin(f"{run.pipeline.name}.{view.name}", view.schema, keys, run.reading.scope.of(view.name))
 
 
 def _dimension(root: beam.Pipeline, dimension: Dimension, plan: files.Plan) -> beam.PCollection:

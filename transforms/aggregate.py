@@ -14,6 +14,7 @@ import pyarrow as pa
 from pipelines.transforms import conservation
 from pipelines.transforms.buckets import split
 from pipelines.transforms.protect import Cipher
+from pipelines.transforms.ranges import EVERYTHING, Ranges
 from pipelines.transforms.spill import Shelf, size
 from pipelines.transforms.tables import TABLES
 from pipelines.transforms.view import ViewPlan
@@ -25,7 +26,8 @@ SHELVED = 8 * 2**20
 """Bytes from which on a table of an accumulator is kept on disk, where there is a shelf for it."""
 
 ANSWERS = pa.schema([("view", pa.string()), ("rows", pa.int64()), ("digest", pa.uint64()), ("boundary", pa.int64())])
-"""What a bucket answered: rows, their digest, and the greatest window_end (µs; null for Whole)."""
+"""What a bucket answered: rows, their digest, and the greatest window_end (µs; null for Whole) that is no later than
+the boundary may be."""
 
 
 @beam.typehints.with_output_types(tuple[int, pa.Table], dead=pa.Table, tallies=pa.Table)
@@ -98,20 +100,22 @@ class Merge(beam.CombineFn):  # type: ignore[misc]
 class Answer(beam.DoFn):  # type: ignore[misc]
     """Merged states of a bucket in, its answers out: keys, window_start, window_end, measures, states.
 
-    start, stop: only windows that start in [start, stop), µs. Tags: answered (ANSWERS), tallies.
+    ranges: where the windows start. through: the boundary is no later. Tags: answered (ANSWERS), tallies.
     """
 
-    def __init__(self, plan: ViewPlan, start: int | None, stop: int | None) -> None:
-        self.plan, self.start, self.stop = plan, start, stop
+    def __init__(self, plan: ViewPlan, ranges: Ranges, through: int | None) -> None:
+        self.plan, self.ranges, self.through = plan, ranges, through
 
     def process(self, element: tuple[int, pa.Table]) -> Iterator[Any]:
         _, merged = element
         part = f"view:{self.plan.name}"
         yield beam.pvalue.TaggedOutput("tallies", conservation.tally(part, "rows_out", total(merged)))
-        answers = self.plan.within(self.plan.finished(merged), self.start, self.stop)
+        answers = self.plan.within(self.plan.finished(merged), self.ranges)
         yield beam.pvalue.TaggedOutput("tallies", conservation.tally(part, "results", len(answers)))
-        ends = [end for end in [pa.compute.max(answers["window_end"]).cast(pa.int64()).as_py()] if end is not None]
-        told = [[self.plan.name], [len(answers)], [self.plan.digested(answers)], ends or [None]]
+        ends = answers["window_end"].cast(pa.int64())
+        if self.through is not None:
+            ends = ends.filter(pa.compute.less_equal(ends, self.through))
+        told = [[self.plan.name], [len(answers)], [self.plan.digested(answers)], [pa.compute.max(ends).as_py()]]
         yield beam.pvalue.TaggedOutput("answered", pa.table(told, schema=ANSWERS))
         if len(answers):
             yield answers
@@ -127,7 +131,8 @@ class Aggregate(beam.PTransform):  # type: ignore[misc]
     """A bounded PCollection of row tables (with event_time) to the answers of a view.
 
     Outputs: ``main`` (the plan's schema), ``answered`` (ANSWERS), ``dead`` (DEAD_LETTERS), ``tallies`` (TALLY).
-    dimensions: name to a PCollection of one table, for the view's own look-ups. shelf: where large states wait on disk
+    dimensions: name to a PCollection of one table, for the view's own look-ups. ranges: only windows that start there.
+    through: the boundary that is told is no later (µs). shelf: where large states wait on disk
     instead of in memory, in one process.
 
     >>> import datetime
@@ -149,8 +154,8 @@ class Aggregate(beam.PTransform):  # type: ignore[misc]
     buckets: int = 8
     dimensions: dict[str, beam.PCollection] = dataclasses.field(default_factory=dict)
     cipher: Cipher | None = None
-    start: int | None = None
-    stop: int | None = None
+    ranges: Ranges = (EVERYTHING,)
+    through: int | None = None
     shelf: Shelf | None = None
 
     def __post_init__(self) -> None:
@@ -167,7 +172,7 @@ class Aggregate(beam.PTransform):  # type: ignore[misc]
             parts.states
             | "merge" >> beam.CombinePerKey(Merge(self.plan, self.buckets, self.shelf))
             | "answer"
-            >> beam.ParDo(Answer(self.plan, self.start, self.stop)).with_outputs("answered", "tallies", main="main")
+            >> beam.ParDo(Answer(self.plan, self.ranges, self.through)).with_outputs("answered", "tallies", main="main")
         )
         tallies = (parts.tallies, answers.tallies) | "tallies" >> beam.Flatten()
         return {"main": answers.main, "answered": answers.answered, "dead": parts.dead, "tallies": tallies}

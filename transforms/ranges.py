@@ -61,9 +61,10 @@ def joined(ranges: Iterable[Range], most: int | None = None) -> Ranges:
             found[-1] = found[-1][0], max(found[-1][1], stop)
         else:
             found.append((start, stop))
-    while most is not None and len(found) > most:
-        at = min(range(1, len(found)), key=lambda index: found[index][0] - found[index - 1][1])
-        found[at - 1 : at + 1] = [(found[at - 1][0], found[at][1])]
+    if most is not None and len(found) > most:
+        widest = sorted(range(1, len(found)), key=lambda at: found[at - 1][1] - found[at][0])[: most - 1]
+        opens = [0, *sorted(widest)]
+        found = [(found[at][0], found[end - 1][1]) for at, end in zip(opens, [*opens[1:], len(found)], strict=True)]
     return tuple(
         Range(None if start == least else int(start), None if stop == greatest else int(stop)) for start, stop in found
     )

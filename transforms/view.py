@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator
 import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipelines.transforms import query
 from pipelines.transforms.buckets import hashes
 from pipelines.transforms.chain import FAILURES, Chain, Outcome
 from pipelines.transforms.errors import DataRefused
 from pipelines.transforms.protect import Cipher
+from pipelines.transforms.ranges import EVERYTHING, Ranges, inside
 from pipelines.transforms.sketches import collapse
 from pipelines.transforms.states import State
 from pipelines.transforms.windows import Window
@@ -101,13 +101,12 @@ class ViewPlan:
                 "measure a wider one, as in Sum('x::DECIMAL(38,0)') or Sum('x::DOUBLE')"
             ) from error
 
-    def within(self, answers: pa.Table, start: int | None, stop: int | None) -> pa.Table:
-        """The answers whose window starts in [start, stop), µs UTC; None leaves a side open."""
-        begins = answers["window_start"]
-        for bound, keeps in ((start, pc.greater_equal), (stop, pc.less)):
-            if bound is not None:
-                answers = answers.filter(keeps(answers["window_start"], pa.scalar(bound, begins.type)))
-        return answers
+    def within(self, answers: pa.Table, ranges: Ranges) -> pa.Table:
+        """The answers whose window starts in one of the ranges."""
+        if EVERYTHING in ranges:
+            return answers
+        starts = answers["window_start"].cast(pa.int64()).to_numpy()
+        return answers.filter(pa.array(inside(ranges, starts)))
 
     def digested(self, answers: pa.Table) -> int:
         """An order-independent hash of the exact measures: digests of disjoint answers add up modulo 2^64.

@@ -64,9 +64,9 @@ def test_rows_are_read_only_once_their_generation_is_flipped(store: Store) -> No
     store.upsert("v", table(("a", 0, 10)), generation=generation)
     assert content(store.scan("v")) == content(old)
     assert store.pointer("v") == Pointer(first, 0)
-    store.flip({"v": Pointer(generation, 5)})
+    store.flip({"v": Pointer(generation, 5, "offset 7")})
     assert content(store.scan("v")) == content(table(("a", 0, 10)))
-    assert store.pointer("v") == Pointer(generation, 5)
+    assert store.pointer("v") == Pointer(generation, 5, "offset 7")
     with pytest.raises(StoreConflict, match="generation"):
         store.scan("v", generation=first)
 
