@@ -9,13 +9,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import apache_beam as beam
+import numpy as np
 import pyarrow as pa
 
 from pipelines.transforms import conservation
-from pipelines.transforms.buckets import split
+from pipelines.transforms.buckets import bucket, split
 from pipelines.transforms.protect import Cipher
 from pipelines.transforms.ranges import EVERYTHING, Ranges
-from pipelines.transforms.spill import Shelf, size
+from pipelines.transforms.sketches import Sketch
+from pipelines.transforms.spill import Shelf, shelved, size
 from pipelines.transforms.tables import TABLES
 from pipelines.transforms.view import ViewPlan
 
@@ -24,6 +26,15 @@ PENDING = 32 * 2**20
 
 SHELVED = 8 * 2**20
 """Bytes from which on a table of an accumulator is kept on disk, where there is a shelf for it."""
+
+SHARE = 300_000
+"""Rows of which sketches are made at a time: DuckDB holds some 120 bytes for each while it gathers their values."""
+
+RUN = 10 * 2**20
+"""Bytes of sketches of one bucket on the shelf from which on they are merged, so about what a merge reads at once."""
+
+FINER = 8
+"""A view with sketches has so many times the buckets: its states are hundreds of times as large."""
 
 ANSWERS = pa.schema([("view", pa.string()), ("rows", pa.int64()), ("digest", pa.uint64()), ("boundary", pa.int64())])
 """What a bucket answered: rows, their digest, and the greatest window_end (µs; null for Whole) that is no later than
@@ -43,6 +54,10 @@ class Partial(beam.DoFn):  # type: ignore[misc]
             rows = outcome.rows
             yield beam.pvalue.TaggedOutput("dead", outcome.dead)
             yield beam.pvalue.TaggedOutput("tallies", outcome.tallies)
+        for share in _shares(rows, self.plan, self.buckets):
+            yield from self._states(share)
+
+    def _states(self, rows: pa.Table) -> Iterator[Any]:
         states, refused = self.plan.tried(rows, self.cipher)
         if refused is not None:
             rows = refused.rows
@@ -52,6 +67,22 @@ class Partial(beam.DoFn):  # type: ignore[misc]
         yield from split(states, self.plan.by, self.buckets)
 
 
+def _shares(rows: pa.Table, plan: ViewPlan, buckets: int) -> Iterator[pa.Table]:
+    """The rows, of a view with sketches some buckets at a time: no group is in two shares."""
+    n = min(-(-len(rows) // SHARE), buckets)
+    if n < 2 or not plan.by or not _sketched(plan):
+        yield rows
+        return
+    texts = {name: rows[name].dictionary_encode().unify_dictionaries() for name in plan.coded}
+    keys = pa.table({name: texts.get(name, rows[name]) for name in plan.by})
+    numbers = bucket(keys, plan.by, buckets) * n // buckets
+    yield from (rows.filter(pa.array(numbers == number)) for number in np.unique(numbers))
+
+
+def _sketched(plan: ViewPlan) -> bool:
+    return any(isinstance(state, Sketch) for state in plan.states)
+
+
 @beam.typehints.with_input_types(pa.Table)
 @beam.typehints.with_output_types(pa.Table)
 class Merge(beam.CombineFn):  # type: ignore[misc]
@@ -59,11 +90,13 @@ class Merge(beam.CombineFn):  # type: ignore[misc]
 
     Compaction is geometric: when what waits weighs more than what is merged (and than a share of PENDING), so each
     state is merged a logarithmic number of times. Never mutates any accumulator but the first. shelf: a disk that large
-    tables wait on, where all runs in one process.
+    tables wait on, where all runs in one process. There sketches, which merging hardly makes less of, wait for RUN.
     """
 
     def __init__(self, plan: ViewPlan, buckets: int, shelf: Shelf | None = None) -> None:
-        self.plan, self.enough, self.shelf = plan, PENDING // buckets, shelf
+        self.plan, self.held, self.shelf = plan, PENDING // buckets, shelf
+        self.waits = shelf is not None and _sketched(plan)
+        self.enough = RUN if self.waits else self.held
 
     def create_accumulator(self) -> list[pa.Table]:
         return [self.plan.partial_schema.empty_table()]
@@ -71,7 +104,9 @@ class Merge(beam.CombineFn):  # type: ignore[misc]
     def add_input(self, accumulator: list[pa.Table], states: pa.Table) -> list[pa.Table]:
         accumulator.append(self._kept(states))
         first, *waiting = map(size, accumulator)
-        return self.compact(accumulator) if sum(waiting) > max(first, self.enough) else accumulator
+        if sum(waiting) > max(first, self.enough):
+            return self._merged(accumulator)
+        return self._laid(accumulator) if self.waits else accumulator
 
     def merge_accumulators(self, accumulators: Iterable[list[pa.Table]]) -> list[pa.Table]:
         first, *others = accumulators
@@ -81,7 +116,22 @@ class Merge(beam.CombineFn):  # type: ignore[misc]
         return first
 
     def compact(self, accumulator: list[pa.Table]) -> list[pa.Table]:
-        return accumulator if len(accumulator) == 1 else [self._kept(self.extract_output(accumulator))]
+        return accumulator if self.waits or len(accumulator) == 1 else self._merged(accumulator)
+
+    def _merged(self, accumulator: list[pa.Table]) -> list[pa.Table]:
+        merged = [self._kept(self.extract_output(accumulator))]
+        if self.shelf is not None:
+            for states in accumulator:
+                self.shelf.drop(states)
+        return merged
+
+    def _laid(self, accumulator: list[pa.Table]) -> list[pa.Table]:
+        """The small tables that wait go to the shelf as one, when they are more than is to be held."""
+        first, *waiting = accumulator
+        here = [states for states in waiting if not shelved(states)]
+        if sum(map(size, here)) <= self.held:
+            return accumulator
+        return [first, *filter(shelved, waiting), self._kept(self.plan.merged(here))]
 
     def extract_output(self, accumulator: list[pa.Table]) -> pa.Table:
         if self.shelf is not None:
@@ -89,7 +139,8 @@ class Merge(beam.CombineFn):  # type: ignore[misc]
         return self.plan.merged(accumulator)
 
     def _kept(self, states: pa.Table) -> pa.Table:
-        return states if self.shelf is None or size(states) < SHELVED else self.shelf.put(states)
+        least = self.held // 8 if self.waits else SHELVED
+        return states if self.shelf is None or size(states) < least else self.shelf.put(states)
 
     def get_accumulator_coder(self) -> beam.coders.Coder:
         return TABLES
@@ -132,8 +183,8 @@ class Aggregate(beam.PTransform):  # type: ignore[misc]
 
     Outputs: ``main`` (the plan's schema), ``answered`` (ANSWERS), ``dead`` (DEAD_LETTERS), ``tallies`` (TALLY).
     dimensions: name to a PCollection of one table, for the view's own look-ups. ranges: only windows that start there.
-    through: the boundary that is told is no later (µs). shelf: where large states wait on disk
-    instead of in memory, in one process.
+    through: the boundary that is told is no later (µs). shelf: where large states wait on disk instead of in memory, in
+    one process.
 
     >>> import datetime
     >>> from pipelines import Count, Pipeline, Source, View
@@ -166,11 +217,12 @@ class Aggregate(beam.PTransform):  # type: ignore[misc]
             name for name in self.dimensions if self.plan.chain is not None and name in self.plan.chain.dimensions
         )
         sides = [beam.pvalue.AsSingleton(self.dimensions[name]) for name in used]
-        partial = Partial(self.plan, self.buckets, used, self.cipher)
+        buckets = self.buckets * FINER if _sketched(self.plan) else self.buckets
+        partial = Partial(self.plan, buckets, used, self.cipher)
         parts = rows | "partial" >> beam.ParDo(partial, *sides).with_outputs("dead", "tallies", main="states")
         answers = (
             parts.states
-            | "merge" >> beam.CombinePerKey(Merge(self.plan, self.buckets, self.shelf))
+            | "merge" >> beam.CombinePerKey(Merge(self.plan, buckets, self.shelf))
             | "answer"
             >> beam.ParDo(Answer(self.plan, self.ranges, self.through)).with_outputs("answered", "tallies", main="main")
         )

@@ -29,7 +29,7 @@ PENDING = 2 * LIMIT
 GROUPS = 1 << 15
 """How many groups are collapsed at a time: a group's number and 48 bits of a hash fit 63 bits."""
 
-BLOCK = 1 << 20
+BLOCK = 1 << 18
 """About how many values are collapsed at a time."""
 
 Ints = npt.NDArray[np.int64]

@@ -29,6 +29,9 @@ have twice as many."""
 ROWS, BYTES = 2_000_000, 64 * 2**20
 """What one partition should hold at most: rows, and bytes of its source's files."""
 
+PART = 256 * 2**10
+"""Bytes of a table that are sealed at a time: no more of it is in memory twice."""
+
 Segment = tuple[int, str, int, int, int]
 """One partition's share of one write: partition, file, first byte, bytes in the file, bytes in memory."""
 
@@ -172,7 +175,7 @@ class Writer:
 class Shelf:
     """Where a process puts tables down: what stands for one is a table itself, of its place and size.
 
-    A file stays until the folder is removed, so what was put may be taken several times.
+    A file stays until it is dropped or the folder is removed, so what was put may be taken several times.
     """
 
     folder: Path
@@ -180,39 +183,56 @@ class Shelf:
 
     def put(self, table: pa.Table) -> pa.Table:
         """Raises UserError where the disk is full."""
-        if table.schema == _SHELVED:
+        if shelved(table):
             return table
-        sealed = _sealed(AESGCM(self.key), table)
+        aes = AESGCM(self.key)
+        lengths: list[int] = []
+        rows = max(1, len(table) * PART // max(1, table.nbytes))
         with _disk(self.folder):
             descriptor, name = tempfile.mkstemp(dir=self.folder)
             with os.fdopen(descriptor, "wb") as file:
-                file.write(sealed)
-        return pa.table([[name], [table.nbytes]], schema=_SHELVED)
+                for start in range(0, max(1, len(table)), rows):
+                    lengths.append(file.write(_sealed(aes, table.slice(start, rows), len(lengths))))
+        return pa.table([[name], [table.nbytes], [lengths]], schema=_SHELVED)
 
     def get(self, table: pa.Table) -> pa.Table:
         """What a table stands for; one that was never put is itself."""
-        if table.schema != _SHELVED:
+        if not shelved(table):
             return table
-        return _unsealed(AESGCM(self.key), Path(table["_file"][0].as_py()).read_bytes())
+        aes = AESGCM(self.key)
+        with open(table["_file"][0].as_py(), "rb") as file:
+            lengths = enumerate(table["_lengths"][0].as_py())
+            return pa.concat_tables([_unsealed(aes, file.read(length), number) for number, length in lengths])
+
+    def drop(self, table: pa.Table) -> None:
+        """Gives back the space of what a table stands for."""
+        if shelved(table):
+            Path(table["_file"][0].as_py()).unlink(missing_ok=True)
 
 
-def _sealed(aes: AESGCM, table: pa.Table) -> bytes:
+def _sealed(aes: AESGCM, table: pa.Table, number: int = 0) -> bytes:
+    """number: which part of several it is; unsealing asks for it."""
     sink, nonce = pa.BufferOutputStream(), secrets.token_bytes(_NONCE)
     with pa.ipc.new_stream(sink, table.schema, options=_OPTIONS) as stream:
         stream.write_table(table)
-    return nonce + aes.encrypt(nonce, sink.getvalue().to_pybytes(), None)
+    return nonce + aes.encrypt(nonce, memoryview(sink.getvalue()).cast("B"), b"%d" % number)
 
 
-def _unsealed(aes: AESGCM, sealed: bytes) -> pa.Table:
-    return pa.ipc.open_stream(aes.decrypt(sealed[:_NONCE], sealed[_NONCE:], None)).read_all()
+def _unsealed(aes: AESGCM, sealed: bytes, number: int = 0) -> pa.Table:
+    return pa.ipc.open_stream(aes.decrypt(sealed[:_NONCE], sealed[_NONCE:], b"%d" % number)).read_all()
 
 
-_SHELVED = pa.schema([("_file", pa.string()), ("_bytes", pa.int64())])
+_SHELVED = pa.schema([("_file", pa.string()), ("_bytes", pa.int64()), ("_lengths", pa.list_(pa.int64()))])
+
+
+def shelved(table: pa.Table) -> bool:
+    """Whether it stands for a table on a shelf."""
+    return bool(table.schema == _SHELVED)
 
 
 def size(table: pa.Table) -> int:
     """Bytes of a table, or of what it stands for on a shelf."""
-    return int(table["_bytes"][0].as_py() if table.schema == _SHELVED else table.nbytes)
+    return int(table["_bytes"][0].as_py() if shelved(table) else table.nbytes)
 
 
 @contextlib.contextmanager

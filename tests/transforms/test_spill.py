@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipelines.transforms import spill as module
 from pipelines.transforms.errors import UserError
-from pipelines.transforms.spill import Segment, Spill, Writer, partitions, spill_folder
+from pipelines.transforms.spill import Segment, Shelf, Spill, Writer, partitions, shelved, size, spill_folder
 
 
 @pytest.fixture
@@ -131,3 +131,36 @@ def test_partitions_grow_with_rows_and_bytes() -> None:
     assert partitions(0, 0) == partitions(336_776, 5 * 2**20) == 1
     assert partitions(300_000_000, 2**30) == 150
     assert partitions(None, 100 * 2**30) == 1024
+
+
+@pytest.mark.parametrize("part", [1, 300, 1 << 20])
+@pytest.mark.parametrize("n", [0, 1, 100])
+def test_a_table_on_the_shelf_comes_back_as_it_was(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, n: int, part: int
+) -> None:
+    monkeypatch.setattr(module, "PART", part)
+    shelf, table = Shelf(folder), rows([f"secret {i}" for i in range(n)], "a")
+    put = shelf.put(table)
+    assert (shelved(put), size(put), shelved(table)) == (True, table.nbytes, False)
+    assert shelf.put(put) is put
+    assert pickle.loads(pickle.dumps(shelf)).get(put).combine_chunks().equals(table.combine_chunks())
+    assert all(b"secret" not in path.read_bytes() for path in folder.iterdir())
+
+
+def test_a_part_of_a_shelved_table_cannot_be_taken_for_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PART", 1)
+    shelf = Shelf(folder)
+    put = shelf.put(rows(["a", "b"], "a"))
+    (path,) = folder.iterdir()
+    sealed, first = path.read_bytes(), put["_lengths"][0][0].as_py()
+    path.write_bytes(sealed[first:] + sealed[:first])
+    with pytest.raises(InvalidTag):
+        shelf.get(put)
+
+
+def test_what_is_dropped_leaves_the_disk(folder: Path) -> None:
+    shelf, table = Shelf(folder), rows(["a"], "a")
+    put = shelf.put(table)
+    shelf.drop(put)
+    shelf.drop(table)
+    assert not list(folder.iterdir())

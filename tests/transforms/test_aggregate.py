@@ -1,0 +1,121 @@
+"""A view's graph, part by part: shares of a batch, and states that wait on the shelf, give what one table would."""
+
+import datetime
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+import pytest
+
+from pipelines import Count, Distinct, Pipeline, Quantile, Source, Sum, Tumbling, View
+from pipelines.transforms import aggregate
+from pipelines.transforms.aggregate import Merge, Partial
+from pipelines.transforms.spill import Shelf, shelved, spill_folder
+from pipelines.transforms.tables import TABLES
+from pipelines.transforms.view import ViewPlan
+
+BUCKETS = 3
+
+
+class Visit:
+    key: str
+    ts: datetime.datetime
+    value: float
+    user: int
+
+
+def plan(**measures: Any) -> ViewPlan:
+    views = (View("hourly", by="key", window=Tumbling("1h"), n=Count(), **measures),)
+    return Pipeline("visits", source=Source(Visit, event_time="ts"), views=views).plan().views[0]
+
+
+SKETCHED = plan(p95=Quantile("value", 0.95), users=Distinct("user"))
+
+
+def rows(n: int, seed: int = 0) -> pa.Table:
+    chance = random.Random(seed)
+    stamps = [datetime.datetime(2026, 1, 5, chance.randrange(3), tzinfo=datetime.UTC) for _ in range(n)]
+    return pa.table(
+        {
+            "key": [f"key {chance.randrange(20)}" for _ in range(n)],
+            "event_time": pa.array(stamps, pa.timestamp("us", "UTC")),
+            "value": [chance.lognormvariate(3, 1) for _ in range(n)],
+            "user": [chance.randrange(900) for _ in range(n)],
+        }
+    )
+
+
+def partials(of: ViewPlan, table: pa.Table) -> list[tuple[int, pa.Table]]:
+    return [
+        made for made in Partial(of, BUCKETS, (), None).process(table) if not isinstance(made, beam.pvalue.TaggedOutput)
+    ]
+
+
+def answers(of: ViewPlan, merged: list[pa.Table]) -> list[dict[str, Any]]:
+    found = pa.concat_tables(map(of.finished, merged)).select(of.columns)
+    return list(found.sort_by([("key", "ascending"), ("window_start", "ascending")]).to_pylist())
+
+
+def whole(of: ViewPlan, tables: list[pa.Table]) -> list[dict[str, Any]]:
+    return answers(of, [of.partials(pa.concat_tables(tables))])
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Iterator[Shelf]:
+    with spill_folder(tmp_path) as folder:
+        yield Shelf(folder)
+
+
+def test_of_a_large_batch_no_group_is_in_two_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aggregate, "SHARE", 400)
+    table = rows(1000)
+    parts = partials(SKETCHED, table)
+    groups = [(row["key"], row["_tile"]) for _, states in parts for row in states.select(["key", "_tile"]).to_pylist()]
+    assert len(groups) == len(set(groups))
+    assert len(parts) == len({bucket for bucket, _ in parts}) == BUCKETS
+    assert answers(SKETCHED, [states for _, states in parts]) == whole(SKETCHED, [table])
+
+
+@pytest.mark.parametrize("run", [1, 20_000, 1 << 30])
+@pytest.mark.parametrize("pending", [1, 30_000, 1 << 30])
+def test_what_waits_on_the_shelf_is_merged_as_in_memory(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch, pending: int, run: int
+) -> None:
+    monkeypatch.setattr(aggregate, "RUN", run)
+    monkeypatch.setattr(aggregate, "PENDING", pending)
+    tables = [rows(300, seed) for seed in range(6)]
+    merge = Merge(SKETCHED, BUCKETS, shelf)
+    halves = []
+    for half in (tables[:2], tables[2:]):
+        accumulators = {bucket: merge.create_accumulator() for bucket in range(BUCKETS)}
+        for table in half:
+            for bucket, states in partials(SKETCHED, table):
+                accumulators[bucket] = merge.add_input(accumulators[bucket], states)
+        halves.append({b: TABLES.decode(TABLES.encode(merge.compact(a))) for b, a in accumulators.items()})
+    merged = [merge.extract_output(merge.merge_accumulators([half[b] for half in halves])) for b in range(BUCKETS)]
+    assert answers(SKETCHED, merged) == whole(SKETCHED, tables)
+
+
+def test_memory_holds_little_of_what_waits(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aggregate, "PENDING", 12_000)
+    merge = Merge(SKETCHED, 1, shelf)
+    accumulator = merge.create_accumulator()
+    for seed in range(20):
+        accumulator = merge.add_input(accumulator, SKETCHED.partials(rows(50, seed)))
+        assert sum(table.nbytes for table in accumulator if not shelved(table)) <= 12_000
+    assert any(map(shelved, accumulator))
+
+
+def test_states_of_fixed_size_are_merged_in_memory(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aggregate, "PENDING", 12_000)
+    view, tables = plan(total=Sum("value")), [rows(200, seed) for seed in range(20)]
+    merge = Merge(view, 1, shelf)
+    accumulator = merge.create_accumulator()
+    for table in tables:
+        accumulator = merge.add_input(accumulator, view.partials(table))
+    assert not any(map(shelved, accumulator))
+    assert sum(table.nbytes for table in accumulator) < 30_000
+    assert answers(view, [merge.extract_output(accumulator)]) == whole(view, tables)
