@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pipelines.commit_turn import NOTHING, Next, Span
+from pipelines.commit_turn import NOTHING, Next, Span, commit
 from pipelines.definition import Dimension, Pipeline
 from pipelines.io import files
 from pipelines.io.log import Bounds, Log, open_log
@@ -120,15 +120,22 @@ class SpeedLayer:
         number = self.last.number + 1
         dimensions = self._dimensions.now()
         token = _token(number, self.last, spans, dimensions, self.fingerprint)
-        Next(number, spans, idled, token, self.fingerprint, dimensions, self.last).put(self.layer.turns)
-        if self._take is None:
-            self._take = self.engine.prepared(self._build, self.flags)
-        self._take()
+        turn = Next(number, spans, idled, token, self.fingerprint, dimensions, self.last)
+        if spans:
+            self._run(turn)
+        else:  # partitions that are new, or idle
+            commit(self.layer, turn, [])
         self.last = self.layer.turns.last()
         assert self.last is not None and self.last.number == number
         self.deliver()
         self.layer.turns.sweep()
         return any(bounds[name].end > position.offset for name, position in self.positions.items() if name in bounds)
+
+    def _run(self, turn: Next) -> None:
+        turn.put(self.layer.turns)
+        if self._take is None:
+            self._take = self.engine.prepared(self._build, self.flags)
+        self._take()
 
     def _build(self, root: "beam.Pipeline") -> None:
         from pipelines import turn as graph
