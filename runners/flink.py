@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import cast
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import FlinkRunnerOptions, PipelineOptions, PortableOptions
+from apache_beam.options.pipeline_options import FlinkRunnerOptions, PipelineOptions, PortableOptions, StandardOptions
 from apache_beam.runners.portability.flink_runner import FlinkJarJobServer
 
 from pipelines.runners import jobs
@@ -25,6 +25,9 @@ from pipelines.transforms.errors import UserError
 DISTRIBUTED = True
 UNBOUNDED = True
 DEALT = False
+
+_STREAMING = ("--max_bundle_time_mills=100",)
+"""For streams: how long the engine may hold back what a bundle gives. Flink's default is a second."""
 
 _POM = Path(__file__).with_name("flink.pom.xml")
 _MAIN = "org.apache.beam.runners.flink.FlinkJobServerDriver"
@@ -41,8 +44,9 @@ def run(build: Callable[[beam.Pipeline], None], flags: Sequence[str]) -> None:
     """Runs the graph to its end on Flink. What a worker raises comes as the text of its traceback."""
     options = PipelineOptions(list(flags))
     given = options.view_as(PortableOptions).job_endpoint
+    ours = _STREAMING if options.view_as(StandardOptions).streaming else ()
     with contextlib.nullcontext(given) if given else serving(options) as endpoint:
-        jobs.run(build, endpoint, flags)
+        jobs.run(build, endpoint, [*ours, *flags])
 
 
 def prepared(build: Callable[[beam.Pipeline], None], flags: Sequence[str]) -> Callable[[], None]:
