@@ -11,6 +11,7 @@ of the small files of a date.
 import dataclasses
 import hashlib
 import hmac
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -57,8 +58,8 @@ _NOTHING = LAKE.remove(LAKE.get_field_index("key_id")).empty_table()
 PURPOSE = "lake"
 """What the cipher of the lake is for: ``Cipher(Key.load(), PURPOSE)``."""
 
-COMMIT = 128 << 20
-"""Bytes of messages that are committed together, about: what an archiver holds."""
+COMMIT = 64 << 20
+"""Bytes of rows that are committed together, about: what an archiver holds, a few times over."""
 
 READ = 16 << 20
 """Bytes of messages that are read together."""
@@ -131,10 +132,12 @@ class Lake:
         """What was archived so far."""
         return _extent(self.table)
 
-    def archive(self, log: Log, intake: Intake, *, commit: int = COMMIT) -> Archived:
-        """Archives what the log holds now beyond the last commit, in commits of about so many bytes of messages.
+    def archive(
+        self, log: Log, intake: Intake, *, commit: int = COMMIT, stop: threading.Event | None = None
+    ) -> Archived:
+        """Archives what the log holds now beyond the last commit, in commits of about so many bytes.
 
-        intake: what finds the event times; its dead letters are not kept, their messages are. Raises DataRefused where
+        stop: ends after the commit that is being made. intake: what finds the event times; its dead letters are not kept, their messages are. Raises DataRefused where
         rows that were not archived are gone from the log, or this is another log.
         """
         ends = {name: bounds.end for name, bounds in log.bounds().items()}
@@ -152,9 +155,10 @@ class Lake:
                 if self.extent().version == extent.version:
                     raise
                 continue
-            if added is None:
-                return Archived(rows, undated, commits, extent)
-            rows, undated, commits = rows + len(added), undated + added["event_time"].null_count, commits + 1
+            if added is not None:
+                rows, undated, commits = rows + len(added), undated + added["event_time"].null_count, commits + 1
+            if added is None or (stop is not None and stop.is_set()):
+                return Archived(rows, undated, commits, self.extent())
 
     def _next(self, log: Log, intake: Intake, ends: Mapping[str, int], extent: Extent, enough: int) -> pa.Table | None:
         """Commits the next rows of all partitions and gives them; None when there are no more."""
@@ -171,7 +175,7 @@ class Lake:
                 times = [time for time in (positions[name].greatest, _greatest(rows)) if time is not None]
                 positions[name] = Position(next_offset(messages), max(times, default=None))
                 parts.append(rows.append_column("partition", pa.repeat(pa.scalar(name), len(rows))))
-                size += messages.nbytes
+                size += rows.nbytes
         if not started:
             return None
         rows = pa.concat_tables(parts) if parts else _NOTHING

@@ -210,6 +210,25 @@ def replay(
 
 
 @cli.command(context_settings=_CONTEXT)
+@_option("--pipeline", metavar="NAME|FILE.py:OBJECT", required=True, help="Whose log.")
+@_option("--live", metavar="URI", help="The log: data/log/<pipeline>.db by default.")
+@_option("--lake", metavar="URI", required=True, help="Where to.")
+@_SET
+def archive(pipeline: str, live: str | None, lake: str, parameters: Sequence[tuple[str, str]]) -> None:
+    """Archive what a log holds now into the lake, once, and compact it. A live run with --lake does so by itself."""
+    from pipelines import archive as archiving
+    from pipelines import definition
+
+    declared = definition.load(pipeline, **dict(parameters))
+    places = options.Deployment(live=options.expand(live or _log(declared)), lake=options.expand(lake))
+    done = archiving.archive(declared, places)
+    fewer = archiving.lake(declared, f"{places.lake}").compact()
+    click.echo(f"{declared.name}: {done.rows:,} rows archived, {done.undated:,} without an event time; {_held(done)}")
+    if fewer:
+        click.echo(f"{declared.name}: {fewer} small files fewer")
+
+
+@cli.command(context_settings=_CONTEXT)
 @_PIPELINE
 @_SET
 def check(pipelines: Sequence[str], parameters: Sequence[tuple[str, str]]) -> None:
@@ -313,6 +332,11 @@ def _deployment(name: str, declared: Any, places: dict[str, Any]) -> options.Dep
         key: options.expand(value) if isinstance(value, str) else value for key, value in places.items()
     }
     return options.Deployment(dimensions={key: options.expand(uri) for key, uri in given.items()}, **expanded)
+
+
+def _held(done: Any) -> str:
+    offsets = ", ".join(f"{offset:,} of partition {name}" for name, offset in done.extent.offsets.items())
+    return f"the lake now reaches offset {offsets}" if offsets else "the log is empty"
 
 
 def _history(name: str, declared: Any) -> str:

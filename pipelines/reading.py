@@ -57,9 +57,9 @@ def reading(
     start, stop = (None if at is None else int(at.timestamp() * 1_000_000) for at in (deployment.from_, deployment.to))
     within = scope.between(plan.views, Range(start, stop))
     source = pipeline.source
-    if deployment.lake is None:
+    if deployment.lake is None or deployment.history is not None:
         if deployment.since:
-            raise UserError("--since=last: of a lake, which knows what is new in it; say where it is with --lake=URI")
+            raise UserError("--since=last: only a lake knows what is new in it; give --lake=URI and no --history")
         history = files.plan(deployment.history or "", decoder.schema, extra=source.extra, invalid=source.invalid)
         assert history.format
         return Reading(history, decoder, within, stop)

@@ -47,17 +47,18 @@ def run(pipeline: "Pipeline", deployment: Deployment, flags: Sequence[str] = ())
 
 
 def _live(pipeline: "Pipeline", deployment: Deployment, engine: runners.Engine, flags: Sequence[str]) -> "report.Facts":
-    from pipelines import live, report, watch
+    from pipelines import archive, live, report, watch
 
     if deployment.mode == "stream" and engine.UNBOUNDED:
         from pipelines import stream
 
-        with _told():
+        with _told(), archive.along(pipeline, deployment):
             return cast("report.Facts", stream.run(pipeline, deployment, engine, flags))
     if deployment.mode == "stream":
         said = "here a stream runs as micro-batch, one bounded graph a turn"
         print(f"{pipeline.name}: {deployment.runner} takes no unbounded graph; {said}", file=sys.stderr)
-    with _told(), watch.shown(report.title(pipeline, deployment)) as told:
+    title = report.title(pipeline, deployment)
+    with _told(), archive.along(pipeline, deployment), watch.shown(title) as told:
         return cast("report.Facts", live.run(pipeline, deployment, engine, flags, told=told))
 
 

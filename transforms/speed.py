@@ -200,7 +200,7 @@ class OpenView:
     def _touched(self, rows: pa.Table, by: pa.Table, also: list[str], where: str = "true") -> pa.Table:
         """The rows whose keys, and these columns, are in another table."""
         sql = f"SELECT a.* FROM rows a SEMI JOIN by_ b ON {self._join(also)} WHERE {where}"
-        return query.run(sql, {"rows": rows, "by_": by.select([*self.plan.by, *also])})
+        return query.run(sql, {"rows": rows, "by_": by})
 
     def _join(self, also: list[str]) -> str:
         columns = [*self._keys, *also]

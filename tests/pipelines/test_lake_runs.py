@@ -204,7 +204,7 @@ def test_another_definition_is_computed_whole(place: Deployment, log: SqliteLog)
     assert "no run of this definition" in (report.facts.get("since") or "")
     with pytest.raises(UserError, match="finds out itself what to compute"):
         run(SALES, dataclasses.replace(place, since="last", to=START))
-    with pytest.raises(UserError, match="say where it is with --lake"):
+    with pytest.raises(UserError, match="only a lake knows what is new"):
         run(SALES, dataclasses.replace(place, since="last", lake=None))
 
 
@@ -270,3 +270,19 @@ def test_runs_that_die_between_two_commits_are_made_up_for(
             send(log, place, 0, sale(300 + at, at * 5 + 0.5))
         run(SALES, dataclasses.replace(place, since="last"))
         same_as_whole(place)
+
+
+def test_a_live_run_with_a_lake_archives_what_it_follows(place: Deployment, log: SqliteLog) -> None:
+    raw = [json.dumps(sale(number, number / 10), default=str).encode() for number in range(50)]
+    log.append({"0": pa.table({"_raw": pa.array(raw, pa.large_binary())})})
+    lived = run(SALES, dataclasses.replace(place, mode="micro-batch", until="end"))
+    assert lived.facts["rows"]["kept"] == 50
+    report = run(SALES, place)
+    assert report.facts["rows"]["kept"] == 50
+    assert tables(place, "by_shop")["by_shop"] == oracle(place)
+    with open_store(place.store or "") as store:
+        left = store.scan("sales.by_shop", generation=LIVE)["window_end"].cast(pa.int64()).to_pylist()
+    boundary = pointer(place, "by_shop").boundary
+    assert boundary is not None
+    assert left
+    assert min(left) > boundary
