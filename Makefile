@@ -35,6 +35,7 @@ check: install types  ## ruff, mypy strict, and the import rules
 bench: install  ## measure against DuckDB, Polars, PySpark and per-row Beam; writes docs/benchmarks.md
 	$(BIN)/uv pip install -q --python $(BIN)/python --compile-bytecode -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks.live $(ARGS)
 
 constraints: install  ## pin the newest versions that setup.py allows, of everything, into constraints.txt
 	$(BIN)/uv pip compile -q --upgrade --universal --python-version 3.11 --all-extras --no-annotate --no-header setup.py -o constraints.txt

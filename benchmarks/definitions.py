@@ -1,4 +1,7 @@
-"""The benchmark's jobs as this project's own definitions: per (key, hour), over the rows of benchmarks/data.py."""
+"""The benchmarks' jobs as this project's own definitions.
+
+Batch: per (key, hour), over the rows of benchmarks/data.py. Live: per (key, second), over those of benchmarks/feed.py.
+"""
 
 import dataclasses
 from datetime import datetime
@@ -69,4 +72,22 @@ sketch = Pipeline(
 )
 identity = Pipeline(
     "identity", source=Source(Identified, event_time="ts", identity="id"), views=base.views, events=False
+)
+
+SECOND = View(
+    "per_second",
+    by="key",
+    window=Tumbling("1s"),
+    n=Count(),
+    total=Sum("value"),
+    mean=Mean("value"),
+    least=Min("value"),
+    most=Max("value"),
+)
+live = Pipeline("live", source=Source(Reading, event_time="ts"), views=(SECOND,), events=False)
+live_identity = Pipeline(
+    "live_identity",
+    source=Source(Identified, event_time="ts", identity="id", lateness="5s"),
+    views=(SECOND,),
+    events=False,
 )

@@ -34,6 +34,38 @@ class Run(Measured):
         return self.job, self.dataset
 
 
+@dataclasses.dataclass(frozen=True)
+class LiveRun(Measured):
+    """One run of one program that followed a log, of ``rate`` rows a second for ``seconds``, then twice that for ten.
+
+    p50, p99: seconds, over the keys and windows of the first phase; None where one was not complete in the end.
+    backlog: rows sent and not visible at the end of the first phase; surge: of the second. drained: seconds from the
+    last append until all rows were visible; None if they never were. counted: the rows in the answers.
+    feeder_cpu: of the process that sent them; behind: seconds that it was late at most.
+    """
+
+    job: str
+    format: str
+    peer: str
+    rate: int
+    seconds: int
+    sent: int
+    counted: int
+    p50: float | None
+    p99: float | None
+    backlog: int
+    surge: int
+    drained: float | None
+    feeder_cpu: float
+    behind: float
+    load: float
+
+    @property
+    def held(self) -> bool:
+        """Whether it kept up, with a window's answer within two seconds, and nothing was lost."""
+        return self.counted == self.sent and self.drained is not None and self.p99 is not None and self.p99 <= 2
+
+
 @dataclasses.dataclass
 class Figures:
     """All runs, and what they ran on."""
@@ -42,6 +74,7 @@ class Figures:
     runs: list[Run]
     profiles: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     """By job and rows (base-30M): the CPU-seconds of each part of our own run."""
+    live: list[LiveRun] = dataclasses.field(default_factory=list)
 
     @classmethod
     def load(cls, path: Path) -> "Figures":
@@ -49,12 +82,13 @@ class Figures:
         if not path.exists():
             return cls({}, [])
         stored = json.loads(path.read_text(encoding="utf-8"))
-        return cls(stored["machine"], [_run(fields) for fields in stored["runs"]], stored["profiles"])
+        live = [LiveRun(**fields) for fields in stored.get("live", [])]
+        return cls(stored["machine"], [_run(fields) for fields in stored["runs"]], stored["profiles"], live)
 
     def save(self, path: Path) -> None:
-        runs = ",\n".join(json.dumps(dataclasses.asdict(run)) for run in self.runs)
+        runs, live = (",\n".join(json.dumps(dataclasses.asdict(run)) for run in of) for of in (self.runs, self.live))
         machine, profiles = json.dumps(self.machine, indent=1), json.dumps(self.profiles, indent=1)
-        text = f'{{"machine": {machine},\n"profiles": {profiles},\n"runs": [\n{runs}\n]}}\n'
+        text = f'{{"machine": {machine},\n"profiles": {profiles},\n"runs": [\n{runs}\n],\n"live": [\n{live}\n]}}\n'
         path.write_text(text, encoding="utf-8")
 
     def add(self, run: Run) -> None:
@@ -62,6 +96,11 @@ class Figures:
         same = (run.case, run.peer)
         self.runs = [old for old in self.runs if (old.case, old.peer) != same or old.session == run.session]
         self.runs.append(run)
+
+    def add_live(self, run: LiveRun) -> None:
+        """Adds a run, in place of that of the same program in the same job at the same rate."""
+        case = (run.job, run.peer, run.rate)
+        self.live = [old for old in self.live if (old.job, old.peer, old.rate) != case] + [run]
 
     def of(self, job: str, dataset: str, peer: str) -> list[Run]:
         return [run for run in self.runs if (run.job, run.dataset, run.peer) == (job, dataset, peer)]

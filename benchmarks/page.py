@@ -11,6 +11,8 @@ PAGE = DOCS / "benchmarks.md"
 OURS, DUCKDB, ROWS = "ours", "DuckDB", ("Beam, per row", "Beam, per row, tuned")
 NONE = "–"
 SIZES = ("3M", "30M", "300M")
+MICRO, FLINK = "ours, micro-batch", "ours, Flink"
+JOBS = {"live": "Arrow", "live_identity": "JSON, identity"}
 RIVALS = ("PySpark", "PyFlink", "Bytewax", "Pathway")
 Bar = tuple[str, float, float | None, bool]
 """What is asked, the bound, what was measured, and whether the bound is a greatest value (or a least one)."""
@@ -44,7 +46,55 @@ def tables(figures: Figures) -> dict[str, str]:
         "accuracy": _accuracy(figures),
         "profile": _profile(figures),
         "machine": machine + ".",
+        "live-bars": _live_bars(figures),
+        "live": _live(figures),
     }
+
+
+def _live(figures: Figures) -> str:
+    """Every run on a stream, by job, program and rate."""
+    header = ["job", "program", "rows/s", "p50 s", "p99 s", "backlog", "at twice the rate", "drained in s"]
+    header += ["counted", "CPU-s per 1M rows", "peak MiB", "load"]
+    rows = []
+    for run in sorted(figures.live, key=lambda run: (run.job, -_holds(figures, run.job, run.peer), run.peer, run.rate)):
+        rates = [f"{run.rate:,}", _seconds(run.p50), _seconds(run.p99), f"{run.backlog:,}", f"{run.surge:,}"]
+        counted = "all" if run.counted == run.sent else f"{run.counted:,} of {run.sent:,}"
+        costs = [f"{run.cpu / run.sent * 1e6:.2f}", _number(run.peak_mib), f"{run.load}"]
+        rows.append([JOBS[run.job], run.peer, *rates, _seconds(run.drained), counted, *costs])
+    return _table(header, rows)
+
+
+def _live_bars(figures: Figures) -> str:
+    def worst(job: str, peer: str, rate: int) -> float | None:
+        return next((run.p99 for run in figures.live if (run.job, run.peer, run.rate) == (job, peer, rate)), None)
+
+    def lost(job: str, peer: str) -> float | None:
+        runs = [run for run in figures.live if (run.job, run.peer) == (job, peer) and run.held]
+        return max((run.sent - run.counted for run in runs), default=None)
+
+    def drained(job: str, peer: str) -> float | None:
+        runs = [run for run in figures.live if (run.job, run.peer) == (job, peer) and run.held]
+        return max((run.drained or 0.0 for run in runs), default=None)
+
+    bars: list[Bar] = [
+        ("micro-batch, Arrow: rows/s held", 200_000, _holds(figures, "live", MICRO) or None, False),
+        ("at 200,000 rows/s: p99 s", 2, worst("live", MICRO, 200_000), True),
+        ("at twice every held rate: rows lost", 0, lost("live", MICRO), True),
+        ("and the backlog drained in s", 60, drained("live", MICRO), True),
+        ("Flink, Arrow: rows/s held", 400_000, _holds(figures, "live", FLINK) or None, False),
+        ("at 400,000 rows/s: p99 s", 2, worst("live", FLINK, 400_000), True),
+        ("Flink, JSON and identity: rows/s held", 100_000, _holds(figures, "live_identity", FLINK) or None, False),
+    ]
+    return _judged(bars)
+
+
+def _holds(figures: Figures, job: str, peer: str) -> int:
+    """The greatest rate that a program held; 0 for none."""
+    return max((run.rate for run in figures.live if (run.job, run.peer) == (job, peer) and run.held), default=0)
+
+
+def _seconds(value: float | None) -> str:
+    return NONE if value is None else f"{value:.2f}"
 
 
 def _job(figures: Figures, job: str) -> str:
@@ -128,6 +178,10 @@ def _bars(figures: Figures) -> str:
         ("peak MiB with identity, 3M to 300M rows", 1_000, peak("identity", *SIZES), True),
         ("peak MiB, 10M groups", 2_500, peak("base", "10M-groups"), True),
     ]
+    return _judged(bars)
+
+
+def _judged(bars: list[Bar]) -> str:
     rows = [
         [what, f"{'at most' if most else 'at least'} {bound:,g}", _number(value), _verdict(value, bound, most)]
         for what, bound, value, most in bars
