@@ -242,9 +242,19 @@ class _Kept:
         with self._lock:
             self._drop(key)
 
+    def clear(self) -> None:
+        with self._lock:
+            self._tables.clear()
+            self.size = 0
+
     def _drop(self, key: tuple[str, str]) -> None:
         _, size = self._tables.pop(key, (None, 0))
         self.size -= size
 
 
 _KEPT = _Kept(CACHE)
+
+
+def forget() -> None:
+    """Empties this process's memory of state files: what is read next comes from where it is kept."""
+    _KEPT.clear()

@@ -1,4 +1,4 @@
-"""The command line: ``pipelines run check test list describe query``. Beam is not imported until a graph is built.
+"""The command line: ``pipelines run parity test query …``. Beam is not imported until a graph is built.
 
 Values come as flags > environment (``PIPELINES_WAREHOUSE``) > ``pipelines.toml`` of the current folder > defaults.
 ``_`` and ``-`` are the same, abbreviations are not accepted. Exit codes: 0 done, 1 our fault (a traceback), 2 the
@@ -228,6 +228,55 @@ def archive(pipeline: str, live: str | None, lake: str, parameters: Sequence[tup
         click.echo(f"{declared.name}: {fewer} small files fewer")
 
 
+@cli.command(context_settings={**_CONTEXT, "ignore_unknown_options": True, "allow_extra_args": True})
+@_option("--pipeline", metavar="NAME|FILE.py:OBJECT", required=True, help="What to try.")
+@_option("--runner", default=options.Deployment.runner, show_default=True, metavar="NAME", help="What executes it.")
+@_option("--history", metavar="URI", help="The rows to try it on; a built-in example's own, else rows are made up.")
+@_option("--dimension", "dimensions", multiple=True, type=_Pair(), help="NAME=URI of a look-up; repeatable.")
+@_option("--seed", type=int, default=0, metavar="N", help="Another seed, another disorder; the same one the same.")
+@_option("--restarts", type=click.IntRange(0), default=8, show_default=True, metavar="N", help="Of the speed layer.")
+@_SET
+@_JSON
+@click.pass_context
+def parity(
+    context: click.Context,
+    /,
+    pipeline: str,
+    runner: str,
+    history: str | None,
+    dimensions: Sequence[tuple[str, str]],
+    seed: int,
+    restarts: int,
+    parameters: Sequence[tuple[str, str]],
+    as_json: bool,
+) -> None:
+    """Prove that the layers agree: exit 3 where they do not, with the first windows that differ.
+
+    The pipeline runs live in turns, over a log in disorder, with late, repeated and bad messages, and dies at random
+    points; then what it gave to the store is compared with a bounded run, value by value. All is temporary.
+    """
+    flags = _passed(context)
+    from pipelines import definition
+    from pipelines import parity as trial
+
+    declared = definition.load(pipeline, **dict(parameters))
+    if history is None and ":" not in pipeline and "HISTORY" in definition.module(pipeline):
+        history = _history(pipeline, declared)
+    _quiet()
+    report = trial.parity(
+        declared,
+        None if history is None else options.expand(history),
+        runner,
+        dimensions=_dimensions(pipeline, declared, dimensions, made_up=history is None),
+        flags=flags,
+        seed=seed,
+        restarts=restarts,
+    )
+    click.echo(report.json() if as_json else report.text())
+    if report.different:
+        raise DataRefused(f"{declared.name}: the layers differ, with seed {seed}")
+
+
 @cli.command(context_settings=_CONTEXT)
 @_PIPELINE
 @_SET
@@ -310,18 +359,7 @@ def _passed(context: click.Context) -> list[str]:
 
 def _deployment(name: str, declared: Any, places: dict[str, Any]) -> options.Deployment:
     """The places as given; of a built-in example also where its own data is: HISTORY and DIMENSIONS of its module."""
-    from pipelines import definition
-
-    module = {} if ":" in name else definition.module(name)
-    known, given = [dimension.name for dimension in declared.dimensions], dict(places.pop("dimensions"))
-    for dimension in given:
-        if dimension not in known:
-            raise UserError(f"--dimension {dimension}=…: not looked up by {declared.name}.{_near(dimension, known)}")
-    if missing := [dimension for dimension in known if dimension not in given]:
-        embedded = module["DIMENSIONS"]() if "DIMENSIONS" in module else {}
-        if lacking := [dimension for dimension in missing if dimension not in embedded]:
-            raise UserError(f"{declared.name} looks up {lacking[0]}: say where it is with --dimension {lacking[0]}=URI")
-        given.update({dimension: embedded[dimension] for dimension in missing})
+    given = _dimensions(name, declared, places.pop("dimensions"))
     if places["mode"] != "batch":
         places["live"] = places["live"] or _log(declared)
     elif not places["history"] and not places["lake"]:
@@ -331,7 +369,25 @@ def _deployment(name: str, declared: Any, places: dict[str, Any]) -> options.Dep
     expanded: dict[str, Any] = {
         key: options.expand(value) if isinstance(value, str) else value for key, value in places.items()
     }
-    return options.Deployment(dimensions={key: options.expand(uri) for key, uri in given.items()}, **expanded)
+    return options.Deployment(dimensions=given, **expanded)
+
+
+def _dimensions(name: str, declared: Any, pairs: Iterable[tuple[str, str]], made_up: bool = False) -> dict[str, str]:
+    """Where the dimensions are: as given, else DIMENSIONS of a built-in example. made_up: some may lack."""
+    from pipelines import definition
+
+    module = {} if ":" in name else definition.module(name)
+    known, given = [dimension.name for dimension in declared.dimensions], dict(pairs)
+    for dimension in given:
+        if dimension not in known:
+            raise UserError(f"--dimension {dimension}=…: not looked up by {declared.name}.{_near(dimension, known)}")
+    missing = [dimension for dimension in known if dimension not in given]
+    if missing and not made_up:
+        embedded = module["DIMENSIONS"]() if "DIMENSIONS" in module else {}
+        if lacking := [dimension for dimension in missing if dimension not in embedded]:
+            raise UserError(f"{declared.name} looks up {lacking[0]}: say where it is with --dimension {lacking[0]}=URI")
+        given.update({dimension: embedded[dimension] for dimension in missing})
+    return {key: options.expand(uri) for key, uri in given.items()}
 
 
 def _held(done: Any) -> str:
