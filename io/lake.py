@@ -11,6 +11,7 @@ of the small files of a date.
 import dataclasses
 import hashlib
 import hmac
+import itertools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -351,7 +352,7 @@ def _by_date(rows: pa.Table) -> Iterator[pa.Table]:
     _, starts = np.unique(known, return_index=True)
     shares = np.array_split(starts, min(DATES, len(starts))) if len(starts) else []
     firsts = [int(share[0]) for share in shares]
-    for start, stop in zip(firsts, [*firsts[1:], len(known)], strict=True):
+    for start, stop in itertools.pairwise([*firsts, len(known)]):
         yield rows.slice(start, stop - start)
     if dates.null_count:
         yield rows.slice(len(known))

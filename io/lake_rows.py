@@ -25,8 +25,11 @@ from pipelines.transforms.messages import Messages
 from pipelines.transforms.protect import Cipher
 from pipelines.transforms.ranges import EVERYTHING, Range, Ranges, inside
 
-ROWS = 1 << 16
-"""Rows of a table that is given on, at most."""
+ROWS, BYTES = 1 << 18, 32 << 20
+"""Rows and bytes from which on what was read is given on as a table: a table costs the same however small it is."""
+
+SPLIT = 32 << 20
+"""Stored bytes of a split, about."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +62,9 @@ class Wanted:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """A file of the lake."""
+    """Files of the lake."""
 
-    name: str
+    names: tuple[str, ...]
     rows: int
     bytes: int
 
@@ -83,15 +86,26 @@ class Archive:
     format: str
 
     def read(self, split: Split) -> Iterator[pa.Table]:
-        """The messages of a file: `_source` (the partition), `_offset`, `_raw` in the clear, `_published`, `_rows` (1)
-        and `_format`, of one partition and format each. Raises UserError without the key of what is encrypted."""
-        with Folder(self.lake.uri).files.open_input_file(split.name) as file:
-            for batch in pq.ParquetFile(file).iter_batches(ROWS):
-                rows = pa.Table.from_batches([batch]).cast(LAKE)
-                if not self.wanted.all:
-                    rows = rows.filter(pa.array(self.wanted.rows(rows)))
-                if len(rows):
-                    yield from _messages(_opened(rows, self.lake.cipher))
+        """Messages: `_source` (the partition), `_offset`, `_raw` in the clear, `_published`, `_rows` (1)
+        and `_format`, a table of one format. Raises UserError without the key of what is encrypted."""
+        waiting: list[pa.Table] = []
+        for rows in self._rows(split):
+            waiting.append(rows)
+            if sum(map(len, waiting)) >= ROWS or sum(some.nbytes for some in waiting) >= BYTES:
+                yield from _messages(_opened(pa.concat_tables(waiting), self.lake.cipher))
+                waiting = []
+        if waiting:
+            yield from _messages(_opened(pa.concat_tables(waiting), self.lake.cipher))
+
+    def _rows(self, split: Split) -> Iterator[pa.Table]:
+        for name in split.names:
+            with Folder(self.lake.uri).files.open_input_file(name) as file:
+                for batch in pq.ParquetFile(file).iter_batches(ROWS):
+                    rows = pa.Table.from_batches([batch]).cast(LAKE)
+                    if not self.wanted.all:
+                        rows = rows.filter(pa.array(self.wanted.rows(rows)))
+                    if len(rows):
+                        yield rows
 
 
 def plan(lake: Lake, extent: Extent, wanted: Wanted = Wanted()) -> Archive:
@@ -100,7 +114,7 @@ def plan(lake: Lake, extent: Extent, wanted: Wanted = Wanted()) -> Archive:
         raise UserError(
             f"lake {lake.uri}: there is none yet; archive the log first (pipelines archive --live=… --lake=…)"
         )
-    splits = [Split(part.name, part.rows, part.bytes) for part in lake.table.parts() if wanted.file(part)]
+    splits = _splits([part for part in lake.table.parts() if wanted.file(part)])
     rows, size = sum(split.rows for split in splits), sum(split.bytes for split in splits)
     return Archive(lake, extent, wanted, tuple(splits), rows, size, extent.format)
 
@@ -174,6 +188,19 @@ def since(rows: pa.Table, offsets: Mapping[str, int]) -> npt.NDArray[np.bool_]:
     return cast(npt.NDArray[np.bool_], rows["offset"].to_numpy() >= starts[names.indices.to_numpy()])
 
 
+def _splits(parts: Sequence[Part]) -> list[Split]:
+    """Files of near times together."""
+    groups: list[list[Part]] = []
+    for part in sorted(parts, key=lambda part: (str(part.least.get("event_date")), part.name)):
+        if not groups or sum(other.bytes for other in groups[-1]) >= SPLIT:
+            groups.append([])
+        groups[-1].append(part)
+    return [
+        Split(tuple(part.name for part in group), sum(part.rows for part in group), sum(part.bytes for part in group))
+        for group in groups
+    ]
+
+
 def _read(lake: Lake, part: Part, columns: Sequence[str]) -> pa.Table:
     with Folder(lake.uri).files.open_input_file(part.name) as file:
         return pq.read_table(file, columns=list(columns))
@@ -209,12 +236,10 @@ def _opened(rows: pa.Table, cipher: Cipher | None) -> pa.Table:
 
 
 def _messages(rows: pa.Table) -> Iterator[pa.Table]:
-    """Messages of each partition and format, in the order of their offsets."""
-    rows = rows.sort_by([(name, "ascending") for name in ("partition", "format", "offset")])
-    keys = [rows[name].combine_chunks().dictionary_encode().indices.to_numpy() for name in ("partition", "format")]
-    cuts = np.flatnonzero(np.any([np.diff(key) != 0 for key in keys], axis=0)) + 1
-    for start, stop in zip([0, *cuts.tolist()], [*cuts.tolist(), len(rows)], strict=True):
-        some = rows.slice(start, stop - start)
+    """The rows as messages, those of each format together, in the order of partitions and offsets."""
+    rows = rows.sort_by([(name, "ascending") for name in ("format", "partition", "offset")])
+    for count in pc.value_counts(rows["format"]).to_pylist():
+        some, rows = rows.slice(0, count["counts"]), rows.slice(count["counts"])
         columns = {
             SOURCE: some["partition"].combine_chunks().dictionary_encode().cast(SOURCE.type),
             pa.field("_offset", pa.int64()): some["offset"],

@@ -116,4 +116,5 @@ def _told(rows: int, ranges: Ranges) -> str:
     if not rows:
         return "since last: nothing new in the lake"
     hours = sum((part.stop or 0) - (part.start or 0) for part in ranges) / _HOUR
-    return f"since last: {rows:,} new rows, in {len(ranges)} ranges of {np.ceil(hours):,.0f} hours together"
+    counted = "1 range" if len(ranges) == 1 else f"{len(ranges)} ranges"
+    return f"since last: {rows:,} new rows, in {counted} of {np.ceil(hours):,.0f} hours together"

@@ -269,8 +269,8 @@ for request in sys.stdin:
 """
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.slow)])
-def test_a_killed_archiver_leaves_nothing_twice_and_nothing_out(log: SqliteLog, tmp_path: Path, kills: int) -> None:
+@pytest.mark.slow
+def test_forty_killed_archivers_leave_nothing_twice_and_nothing_out(log: SqliteLog, tmp_path: Path) -> None:
     chance, place = random.Random(7), Lake(str(tmp_path / "lake/sales"))
     command = [sys.executable, "-W", "ignore", "-c", RUNS, str(Path(__file__).parent)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -284,7 +284,7 @@ def test_a_killed_archiver_leaves_nothing_twice_and_nothing_out(log: SqliteLog, 
             return [int(word) for word in process.stdout.readline().split()]
 
         lines = {False: 0, True: 0}
-        for number in range(kills + 2):
+        for number in range(42):
             log.append({str(n % 2): json_of(*[sale(10 * number + n, n % 2) for n in range(5)]) for n in range(2)})
             compact = number % 4 == 3
             if lines[compact]:
