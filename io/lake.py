@@ -138,8 +138,9 @@ class Lake:
     ) -> Archived:
         """Archives what the log holds now beyond the last commit, in commits of about so many bytes.
 
-        stop: ends after the commit that is being made. intake: what finds the event times; its dead letters are not kept, their messages are. Raises DataRefused where
-        rows that were not archived are gone from the log, or this is another log.
+        intake: what finds the event times; its dead letters are not kept, their messages are. stop: ends after the
+        commit that is being made. Raises DataRefused where rows that were not archived are gone from the log, or this
+        is another log.
         """
         ends = {name: bounds.end for name, bounds in log.bounds().items()}
         before, form = self.extent(), "avro" if log.format == "avro" else "json"

@@ -19,11 +19,11 @@ from pipelines.io.store import LIVE, Pointer, StoreConflict
 from pipelines.transforms.errors import UserError
 from pipelines.transforms.ranges import EVERYTHING, Range, Ranges
 
-_APPLICATION, _FORMAT = 0, 2  # application_id and user_version of the file
+_APPLICATION, _FORMAT = 0, 1  # application_id and user_version of the file
 
 _CATALOG = (
-    "CREATE TABLE pointers (view TEXT PRIMARY KEY, boundary INTEGER, generation INTEGER, note TEXT,"
-    " begun INTEGER NOT NULL)",
+    "CREATE TABLE pointers (view TEXT PRIMARY KEY, boundary INTEGER, generation INTEGER, begun INTEGER NOT NULL,"
+    " note TEXT)",
     "CREATE TABLE generations (view TEXT, generation INTEGER, keys TEXT NOT NULL, columns BLOB NOT NULL,"
     " PRIMARY KEY (view, generation))",
 )
@@ -119,6 +119,8 @@ class SqliteStore:
 
     def flip(self, pointers: Mapping[str, Pointer]) -> None:
         with self._file.transaction("IMMEDIATE") as connection:
+            if "note" not in [name for _, name, *_ in connection.execute("PRAGMA table_info(pointers)")]:
+                connection.execute("ALTER TABLE pointers ADD COLUMN note TEXT")  # a file from before there were notes
             for view, pointer in pointers.items():
                 former = _pointer(connection, view)
                 if pointer.generation == LIVE or pointer.generation not in _generations(connection, view):
@@ -153,9 +155,9 @@ def _prepare(connection: sqlite3.Connection) -> None:
 
 
 def _pointer(connection: sqlite3.Connection, view: str) -> Pointer | None:
-    query = "SELECT generation, boundary, note FROM pointers WHERE view = ? AND generation IS NOT NULL"
-    row = connection.execute(query, (view,)).fetchone()
-    return Pointer(*row) if row else None
+    found = connection.execute("SELECT * FROM pointers WHERE view = ? AND generation IS NOT NULL", (view,))
+    row = dict(zip((name for name, *_ in found.description), found.fetchone() or (), strict=False))
+    return Pointer(row["generation"], row["boundary"], row.get("note")) if row else None
 
 
 def _number(connection: sqlite3.Connection, view: str) -> int:

@@ -208,6 +208,19 @@ def test_a_damaged_store(tmp_path: Path) -> None:
     assert complaint(SqliteStore(path)) == "damaged; remove it and run again to rebuild it"
 
 
+def test_a_store_from_before_there_were_notes_is_read_and_written(tmp_path: Path) -> None:
+    rows = table(("a", 0, 1))
+    with SqliteStore(tmp_path / "store.db") as store:
+        finished(store, rows)
+        store._file.connection().execute("ALTER TABLE pointers DROP COLUMN note")
+        before = store.pointer("v")
+        assert before is not None
+        generation = store.begin("v", rows.schema, KEYS, (Range(HOUR),))
+        store.flip({"v": Pointer(generation, 7, "offset 5")})
+        assert (before.note, store.pointer("v")) == (None, Pointer(generation, 7, "offset 5"))
+        assert store.scan("v").equals(rows)
+
+
 def test_a_store_of_another_format(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / "store.db")) as connection:
         connection.execute("PRAGMA user_version = 7")

@@ -58,6 +58,7 @@ def place(tmp_path: Path) -> Deployment:
         warehouse=str(tmp_path / "warehouse"),
         store=str(tmp_path / "store.db"),
         dead_letters=str(tmp_path / "dead"),
+        state=str(tmp_path / "state"),
         report=str(tmp_path / "run.json"),
     )
 
