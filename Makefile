@@ -46,17 +46,17 @@ clean:  ## remove what was made: the environment, caches, builds (data/ stays)
 # The packages laid out as Python sees them, by links: mypy and import-linter read files and do not follow __path__.
 # They run in there: next to the folder io, mypy would take that for Python's io.
 types:
-	@for folder in . examples transforms io runners; do mkdir -p .types/pipelines/$$folder; done
+	@for folder in . examples transforms io runners serving; do mkdir -p .types/pipelines/$$folder; done
 	@find -L .types -type l -delete
 	@ln -sfn $(CURDIR)/tests $(CURDIR)/benchmarks $(CURDIR)/setup.py .types
 	@ln -sf $(CURDIR)/pipelines/*.py $(CURDIR)/pipelines/py.typed .types/pipelines
 	@ln -sf $(CURDIR)/pipelines/examples/*.py .types/pipelines/examples
-	@for folder in transforms io runners; do ln -sf $(CURDIR)/$$folder/*.py .types/pipelines/$$folder; done
+	@for folder in transforms io runners serving; do ln -sf $(CURDIR)/$$folder/*.py .types/pipelines/$$folder; done
 
 .venv/.installed: setup.py pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt uv
 	@echo "installing into .venv, about a minute the first time"
 	@$(BIN)/uv pip install -q --python $(BIN)/python --compile-bytecode -c constraints.txt -e '.[dev]'
-	@$(BIN)/python -m compileall -q pipelines transforms io runners
+	@$(BIN)/python -m compileall -q pipelines transforms io runners serving
 	@touch $@

@@ -13,6 +13,7 @@ FOLDERS = {
     "pipelines.transforms": "transforms",
     "pipelines.io": "io",
     "pipelines.runners": "runners",
+    "pipelines.serving": "serving",
 }
 
 EXTRAS = {

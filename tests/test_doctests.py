@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"pipelines": "pipelines", "pipelines.examples": "pipelines/examples"} | {
-    f"pipelines.{name}": name for name in ("transforms", "io", "runners")
+    f"pipelines.{name}": name for name in ("transforms", "io", "runners", "serving")
 }
 MODULES = [
     f"{package}.{path.stem}" if path.stem != "__init__" else package

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LISTED = """
 import pipelines, pipelines.cli, pipelines.definition, pipelines.examples, pipelines.io.files, pipelines.runners
-import pipelines.transforms.schema
+import pipelines.serving.merge, pipelines.transforms.schema
 print(*sorted({module.__file__ for name, module in sys.modules.items() if name.startswith("pipelines")}), sep="\\n")
 """
 
@@ -34,7 +34,7 @@ def imported_from(python: str | Path, folder: Path, **environment: str) -> list[
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the files that a clone has: building leaves nothing in the project."""
     copy = tmp_path_factory.mktemp("checkout")
-    for folder in ("pipelines", "transforms", "io", "runners"):
+    for folder in ("pipelines", "transforms", "io", "runners", "serving"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
@@ -49,7 +49,7 @@ def test_a_checkout_needs_no_install(checkout: Path) -> None:
 @pytest.mark.slow
 def test_the_editable_install_reaches_every_folder(tmp_path: Path) -> None:
     folders = {path.parent.name for path in imported_from(sys.executable, tmp_path) if path.is_relative_to(ROOT)}
-    assert folders == {"pipelines", "examples", "transforms", "io", "runners"}
+    assert folders == {"pipelines", "examples", "transforms", "io", "runners", "serving"}
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""Who asks: answers from the batch and the speed layer together."""
