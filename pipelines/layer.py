@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 
+import pyarrow as pa
+
 from pipelines.definition import Pipeline
 from pipelines.io.log import open_log
 from pipelines.io.table import Table, open_table
@@ -21,12 +23,14 @@ from pipelines.transforms.seen import Seen
 from pipelines.transforms.speed import OpenView
 from pipelines.transforms.windows import Duration
 
+_SEALED = "sealed"
+
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """The speed layer of a pipeline, as its graphs need it. log: a URI. seen: None where every row counts.
     dead_letters: a table of its own, as the batch layer replaces its. disorder: µs. max_rejected: the share of read
-    rows past which it ends."""
+    rows past which it ends. sealed: for dimensions in its state, where one has personal columns."""
 
     pipeline: str
     log: str
@@ -40,6 +44,7 @@ class Layer:
     disorder: int
     cipher: Cipher | None
     max_rejected: float | None = None
+    sealed: Cipher | None = None
 
     @property
     def format(self) -> str:
@@ -49,6 +54,23 @@ class Layer:
     def named(self, view: OpenView) -> str:
         """The view's name in the store."""
         return f"{self.pipeline}.{view.plan.name}"
+
+    def keep(self, name: str, dimension: pa.Table) -> None:
+        """Writes a dimension as a state file; encrypted as a whole where a pipeline's dimension is personal."""
+        if self.sealed is not None:
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, dimension.schema) as stream:
+                stream.write_table(dimension)
+            rows = pa.array([sink.getvalue().to_pybytes()], pa.binary())
+            dimension = pa.table([self.sealed.encrypt(rows, [name.encode()])], [_SEALED])
+        self.turns.write(name, dimension)
+
+    def kept(self, name: str) -> pa.Table:
+        """A dimension that ``keep`` has written. Raises UserError with another key."""
+        rows = self.turns.read(name)
+        if self.sealed is None:
+            return rows
+        return pa.ipc.open_stream(self.sealed.decrypt(rows[_SEALED], [name.encode()])[0].as_buffer()).read_all()
 
 
 def layer(pipeline: Pipeline, deployment: Deployment, buckets: int) -> Layer:
@@ -61,6 +83,7 @@ def layer(pipeline: Pipeline, deployment: Deployment, buckets: int) -> Layer:
     if source.schema.personal or any(chain.keyed for chain in chains):
         Key.load()
     cipher = Cipher(Key.load(), PURPOSE) if source.schema.personal else None
+    personal = any(of.schema.personal for of in pipeline.dimensions)
     disorder, allowed = (Duration.fixed(text, "Source") for text in (source.disorder, source.lateness))
     with open_log(deployment.live) as log:
         form, schemas = log.format, log.schemas
@@ -82,6 +105,7 @@ def layer(pipeline: Pipeline, deployment: Deployment, buckets: int) -> Layer:
         disorder=disorder,
         cipher=cipher,
         max_rejected=deployment.max_rejected,
+        sealed=Cipher(Key.load(), "live state") if personal else None,
     )
 
 

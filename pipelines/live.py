@@ -21,7 +21,7 @@ from pipelines.io import files
 from pipelines.io.log import Bounds, Log, open_log
 from pipelines.io.store import LIVE, Store, open_store
 from pipelines.io.turns import Turn, Turns
-from pipelines.layer import fingerprint, layer
+from pipelines.layer import Layer, fingerprint, layer
 from pipelines.options import Deployment
 from pipelines.runners import Engine
 from pipelines.runners.microbatch import stopped_by_signals, turns
@@ -77,7 +77,7 @@ class SpeedLayer:
         self.last: Turn | None = self.layer.turns.last()
         self._log: Log = open_log(self.layer.log)
         self._store: Store | None = open_store(deployment.store) if deployment.store else None
-        self._dimensions = _Dimensions(pipeline, deployment, self.layer.turns, clock)
+        self._dimensions = _Dimensions(pipeline, deployment, self.layer, clock)
         self._active: dict[str, float] = {}
         if self.last is None or deployment.rebuild:
             self.last = self._begin_anew()
@@ -213,12 +213,14 @@ class SpeedLayer:
         }
 
     def _positions(self, bounds: dict[str, Bounds]) -> dict[str, Position]:
-        """Also of partitions that are new: they hold the watermark until they have rows, or are idle."""
+        """Also of partitions that are new: they hold the watermark until they have rows, or are idle. What is closed by
+        then stays closed, so their rows of before are late."""
         known, now = self.positions, self.clock()
+        closed = NEVER if self.last is None else self.last.facts["watermark"]
         for name, bound in bounds.items():
             self._active.setdefault(name, now)
             if name not in known:
-                known[name] = Position(bound.start)
+                known[name] = Position(bound.start, idle=None if closed == NEVER else closed)
             if bound.end > known[name].offset:
                 self._active[name] = now
         return known
@@ -278,8 +280,8 @@ def _iso(micros: int | None) -> str | None:
 class _Dimensions:
     """The pipeline's dimensions as state files, read again when they are older than ``--refresh``."""
 
-    def __init__(self, pipeline: Pipeline, deployment: Deployment, turns: Turns, clock: Clock) -> None:
-        self.pipeline, self.deployment, self.turns, self.clock = pipeline, deployment, turns, clock
+    def __init__(self, pipeline: Pipeline, deployment: Deployment, layer: Layer, clock: Clock) -> None:
+        self.pipeline, self.deployment, self.layer, self.clock = pipeline, deployment, layer, clock
         self._names: dict[str, str] = {}
         self._read: float | None = None
 
@@ -298,7 +300,7 @@ class _Dimensions:
             said.update(batch.serialize())
         name = f"dimension-{of.name}-{said.hexdigest()}"
         if name != self._names.get(of.name):
-            self.turns.write(name, rows)
+            self.layer.keep(name, rows)
         return name
 
 

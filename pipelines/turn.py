@@ -167,7 +167,7 @@ class _Partials(beam.DoFn):  # type: ignore[misc]
     def process(self, rows: pa.Table) -> Iterator[Any]:
         layer = self.layer
         turn = following(layer.turns)
-        dimensions = {name: layer.turns.read(file) for name, file in turn.dimensions.items()}
+        dimensions = {name: layer.kept(file) for name, file in turn.dimensions.items()}
         chain = dataclasses.replace(layer.plan.chain, format=layer.format)
         outcome = chain.run(rows, dimensions, layer.cipher)
         yield from _facts(outcome.tallies, outcome.dead)
