@@ -213,14 +213,15 @@ def replay(
 @_option("--pipeline", metavar="NAME|FILE.py:OBJECT", required=True, help="Whose log.")
 @_option("--live", metavar="URI", help="The log: data/log/<pipeline>.db by default.")
 @_option("--lake", metavar="URI", required=True, help="Where to.")
+@_option("--ahead", type=_Length(), default="1h", show_default=True, help="How far an event time may be in the future.")
 @_SET
-def archive(pipeline: str, live: str | None, lake: str, parameters: Sequence[tuple[str, str]]) -> None:
+def archive(pipeline: str, live: str | None, lake: str, ahead: int, parameters: Sequence[tuple[str, str]]) -> None:
     """Archive what a log holds now into the lake, once, and compact it. A live run with --lake does so by itself."""
     from pipelines import archive as archiving
     from pipelines import definition
 
     declared = definition.load(pipeline, **dict(parameters))
-    places = options.Deployment(live=options.expand(live or _log(declared)), lake=options.expand(lake))
+    places = options.Deployment(live=options.expand(live or _log(declared)), lake=options.expand(lake), ahead=ahead)
     done = archiving.archive(declared, places)
     fewer = archiving.lake(declared, f"{places.lake}").compact()
     click.echo(f"{declared.name}: {done.rows:,} rows archived, {done.undated:,} without an event time; {_held(done)}")
