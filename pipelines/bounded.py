@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines.definition import Pipeline
 from pipelines.io.log import Log
@@ -62,17 +63,20 @@ class Bounded:
             tallies.append(counted)
         return Answers(answers, Conservation.of(merge(tallies)))
 
-    def every(self, ends: Mapping[str, int] | None = None) -> dict[str, pa.Table]:
-        """Of all rows, late ones too, and windows as the batch layer keeps them. ends: only rows of offsets before."""
+    def every(self, ends: Mapping[str, int], before: int | None = None) -> dict[str, pa.Table]:
+        """Of all rows up to these offsets, late ones too, and windows as the batch layer keeps them. before: only rows
+        of event times (µs) before."""
         rows = []
         for name, bounds in self.log.bounds().items():
-            end = bounds.end if ends is None else ends.get(name, bounds.start)
-            rows += [self.layer.intake.dated(messages).rows for messages in self._messages(name, bounds.start, end)]
+            messages = self._messages(name, bounds.start, ends.get(name, bounds.start))
+            rows += [self.layer.intake.dated(some).rows for some in messages]
         source, plan = self.pipeline.source, self.pipeline.plan()
         every = pa.concat_tables([table for table in rows if len(table)] or rows[:1])
         if source.identities and len(every):
             every = deduplicate(every, source.identities, source.columns).rows
         cleaned = plan.chain.run(every, self.dimensions, self.layer.cipher).rows
+        if before is not None:
+            cleaned = cleaned.filter(pc.less(cleaned["event_time"].cast(pa.int64()), before))
         return {view.name: self._answers(view, cleaned) for view in plan.views}
 
     def _answers(self, view: ViewPlan, rows: pa.Table) -> pa.Table:

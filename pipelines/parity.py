@@ -5,7 +5,6 @@ it in turns of random size, dies at random points and starts again from what is 
 must be what one bounded pass over the same log gives, of the rows that are not late.
 """
 
-import collections
 import contextlib
 import dataclasses
 import json
@@ -22,185 +21,30 @@ import pyarrow as pa
 from pipelines import live, samples
 from pipelines.bounded import Bounded
 from pipelines.definition import Pipeline
-from pipelines.io.log import Bounds, Format, Log, open_log
-from pipelines.io.store import LIVE, open_store
-from pipelines.io.turns import Turn, Turns, forget
+from pipelines.io.log import Format, open_log
+from pipelines.io.store import open_store
 from pipelines.layer import layer
 from pipelines.options import Deployment
 from pipelines.progress import shown
 from pipelines.replay import messages, written
 from pipelines.report import grid, indent
 from pipelines.run import mistake
-from pipelines.runners import Engine, named
-from pipelines.transforms import lateness, progress
+from pipelines.runners import named
+from pipelines.transforms import lateness
 from pipelines.transforms.avro_schemas import Schemas
 from pipelines.transforms.conservation import Conservation
-from pipelines.transforms.differences import Compared, Difference, compared
+from pipelines.transforms.differences import Compared, Difference
 from pipelines.transforms.disorder import Disorder
 from pipelines.transforms.encode import avro_schema, encode
-from pipelines.transforms.intake import next_offset
 from pipelines.transforms.protect import VARIABLE
 from pipelines.transforms.windows import Duration
+from pipelines.trial import Trial
 
 RESTARTS, TURNS, PARTITIONS = 8, 24, 4
 """By default: how often the speed layer dies, and about how many turns it takes; the log's partitions."""
 
-LATE, DUPLICATE, CORRUPT, AGAIN = 0.02, 0.05, 0.01, 0.02
-"""Shares of the rows: sent when late for every view, sent twice, and bad messages added; and how much of what was sent
-is sent again at a time, as a producer does that was not answered."""
-
-POINTS = (
-    "before it reads",
-    "before it writes state",
-    "before it commits",
-    "after it commits",
-    "while it delivers",
-    "after it delivers",
-    "between turns",
-)
-"""Where a speed layer dies."""
-
-
-SEVERAL = ("before it writes state", "while it delivers")
-"""Of them, those that a turn passes several times."""
-
-
-class Died(Exception):
-    """What stands for a kill: nothing after it happens."""
-
-
-class Mortal(Turns):
-    """Turns whose process dies once, in whatever process: at a point of POINTS, when the file ``mark`` is there. It
-    holds how often the point is passed before."""
-
-    def __init__(self, uri: str, point: str, mark: str) -> None:
-        super().__init__(uri)
-        self.point, self.mark = point, mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Mortal, (self.uri, self.point, self.mark)
-
-    def passed(self, point: str) -> None:
-        """Raises Died where it is this turn's point."""
-        if point != self.point or not os.path.exists(self.mark):
-            return
-        path = Path(self.mark)
-        if left := int(path.read_text()):
-            path.write_text(str(left - 1))
-            return
-        path.unlink()
-        raise Died(f"died {point}")
-
-    def intend(self, text: str) -> None:
-        super().intend(text)
-        self.passed("before it reads")
-
-    def write(self, name: str, table: pa.Table) -> None:
-        self.passed("before it writes state")
-        super().write(name, table)
-
-    def commit(self, turn: Turn) -> None:
-        self.passed("before it commits")
-        super().commit(turn)
-        self.passed("after it commits")
-
-    def sweep(self) -> None:
-        self.passed("after it delivers")
-        super().sweep()
-
-
-class _Speed(live.SpeedLayer):
-    def __init__(self, pipeline: Pipeline, deployment: Deployment, engine: Engine, flags: Sequence[str], point: str):
-        super().__init__(pipeline, deployment, engine, flags, clock=lambda: 0.0)  # nothing is idle
-        self.mark = Path(f"{deployment.state}/die")
-        self.mortal = Mortal(self.layer.turns.uri, point, str(self.mark))
-        self.layer = dataclasses.replace(self.layer, turns=self.mortal)
-
-    def _deliver(self, kind: str, view: str, rows: pa.Table) -> None:
-        self.mortal.passed("while it delivers")
-        super()._deliver(kind, view, rows)
-
-
-@dataclasses.dataclass
-class _Trial:
-    """One speed layer after the other, over a log that grows. All chance is of the seed."""
-
-    pipeline: Pipeline
-    deployment: Deployment
-    engine: Engine
-    flags: Sequence[str]
-    sent: Log
-    log: Log
-    chance: np.random.Generator
-    points: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    turns: int = 0
-
-    def run(self, turns: int, restarts: int) -> Conservation:
-        """Everything that was sent, in so many turns and some, with so many restarts; what was counted."""
-        deaths = collections.Counter(self.chance.integers(0, turns, restarts).tolist())
-        cuts = {name: self._cuts(bounds, turns) for name, bounds in self.sent.bounds().items()}
-        speed = self._begun()
-        for number in range(turns):
-            given = {name: table for name, table in self._next(cuts, number).items() if len(table)}
-            self.log.append(given)
-            progress.advance(sum(map(len, given.values())))
-            for _ in range(deaths[number]):
-                speed = self._died(speed)
-            while speed.turn():
-                pass
-        status = speed.status()
-        assert status is not None
-        self.turns = status.turn.number
-        speed.close()
-        return status.counts
-
-    def _cuts(self, bounds: Bounds, turns: int) -> list[int]:
-        between = self.chance.integers(bounds.start, bounds.end, turns - 1, endpoint=True)
-        return [bounds.start, *sorted(between.tolist()), bounds.end]
-
-    def _next(self, cuts: Mapping[str, list[int]], number: int) -> dict[str, pa.Table]:
-        """The next messages of each partition, and now and then some of before once more."""
-        given = {}
-        for name, at in cuts.items():
-            parts = [_read(self.sent, name, at[number], at[number + 1])]
-            if self.chance.random() < 0.3:
-                rows = at[-1] - at[0]
-                start = max(at[0], at[number] - int(self.chance.exponential(0.1) * rows))
-                parts.append(_read(self.sent, name, start, min(at[number], start + int(AGAIN * rows))))
-            given[name] = pa.concat_tables(parts)
-        return given
-
-    def _begun(self) -> _Speed:
-        """From what is on disk."""
-        forget()
-        point = str(self.chance.choice(POINTS))
-        speed = _Speed(self.pipeline, self.deployment, self.engine, self.flags, point)
-        speed.deliver()
-        return speed
-
-    def _died(self, speed: _Speed) -> _Speed:
-        point = speed.mortal.point
-        if point != "between turns":
-            speed.mark.write_text(str(self.chance.integers(0, 4) if point in SEVERAL else 0))
-            try:
-                speed.turn()
-            except Exception:
-                if speed.mark.exists():
-                    raise
-        if speed.mark.exists():  # the turn did not come by there so often
-            speed.mark.unlink()
-            point = "between turns"
-        self.points[point] += 1
-        speed.close()
-        return self._begun()
-
-
-def _read(log: Log, partition: str, start: int, stop: int) -> pa.Table:
-    parts = [log.read(partition, stop, stop)]
-    while start < stop and len(messages := log.read(partition, start, stop)):
-        parts.append(messages)
-        start = next_offset(messages)
-    return pa.concat_tables(parts).select(["_raw", "_rows"])
+LATE, DUPLICATE, CORRUPT = 0.02, 0.05, 0.01
+"""Shares of the rows: sent when late for every view, sent twice, and bad messages added."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,45 +119,70 @@ def parity(
 
     Raises UserError as the parts of a run do; differences are told in the report.
     """
-    begun, engine = time.perf_counter(), named(runner)
+    begun = time.perf_counter()
     disorder = disorder or _disorder(pipeline, seed)
     chance = np.random.default_rng(seed % 2**64)
-    with tempfile.TemporaryDirectory(prefix="parity-") as folder, _key():
-        deployment = _deployment(pipeline, folder, format, dimensions or {}, seed)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="parity-"))
+        stack.enter_context(_key())
+        stack.enter_context(_told())
+        deployment = _deployment(pipeline, folder, runner, format, dimensions or {}, seed)
         assert deployment.live and deployment.store
         given = samples.history(pipeline, seed) if history is None else history
         partitions = [str(number) for number in range(PARTITIONS)]
         if format == "avro":
             Schemas(f"{folder}/schemas").add(avro_schema(written(pipeline)))
-        with open_log(deployment.live) as log, open_log(deployment.live.replace("/log.db", "/sent.db", 1)) as sent:
-            with shown(f"{pipeline.name}: sends its history"):
-                for piece in messages(pipeline, given, disorder, partitions=partitions, format=format):
-                    sent.append(piece)
-            trial = _Trial(pipeline, deployment, engine, flags, sent, log, chance)
-            with shown(f"{pipeline.name}: live in turns"), _told():
-                counts = trial.run(TURNS if turns is None else turns, restarts)
-            tables = {of.name: live.dimension(of, deployment.dimensions[of.name]) for of in pipeline.dimensions}
-            bounded = Bounded(pipeline, layer(pipeline, deployment, 1), log, tables)
-            expected = bounded.timely()
-            with open_store(deployment.store) as store:
-                views = {
-                    view.name: compared(view, store.scan(f"{pipeline.name}.{view.name}", generation=LIVE), answers)
-                    for view, answers in zip(pipeline.plan(live=True).views, expected.views.values(), strict=True)
-                }
-        found, right = _counted(counts), _counted(expected.counts)
-        wrong = {name: (found.get(name, 0), right.get(name, 0)) for name in sorted({*found, *right})}
+        log = stack.enter_context(open_log(deployment.live))
+        sent = stack.enter_context(open_log(deployment.live.replace("/log.db", "/sent.db", 1)))
+        with shown(f"{pipeline.name}: sends its history"):
+            for piece in messages(pipeline, given, disorder, partitions=partitions, format=format):
+                sent.append(piece)
+        tables = {of.name: live.dimension(of, deployment.dimensions[of.name]) for of in pipeline.dimensions}
+        bounded = Bounded(pipeline, layer(pipeline, deployment, 1), log, tables)
+        store = stack.enter_context(open_store(deployment.store))
+        trial = Trial(
+            pipeline, deployment, named(runner), flags, sent, log, store, bounded, chance, turns or TURNS, restarts
+        )
+        stack.callback(lambda: trial.speed.close())
+        found, views = _tried(trial)
+        wrong = {name: (n, right) for name, (n, right) in found.items() if n != right}
+        status = trial.speed.last
+        assert status is not None
         return Report(
             pipeline.name,
             runner,
             seed,
             disorder,
-            trial.turns,
+            status.number,
             dict(trial.points),
-            dict(counts.rows),
-            {name: pair for name, pair in wrong.items() if pair[0] != pair[1]},
-            {"the speed layer, and a bounded run over the rows that are not late": views},
+            {name.removeprefix("source "): n for name, (n, _) in found.items() if name.startswith("source ")},
+            wrong,
+            views,
             time.perf_counter() - begun,
         )
+
+
+def _tried(trial: Trial) -> tuple[dict[str, tuple[int, int]], dict[str, dict[str, Compared]]]:
+    """Counts, of the speed layer and of a bounded pass; and views, by what was compared."""
+    views, name = {}, trial.pipeline.name
+    middle = int(trial.chance.integers(trial.turns // 3, trial.turns * 2 // 3, endpoint=True))
+    with shown(f"{name}: live in turns"):
+        trial.take(0, middle)
+    views["the speed layer in the middle = bounded over the rows in time"] = trial.speed_layer(trial.bounded.timely())
+    trial.cut_over()
+    with shown(f"{name}: live in turns"):
+        trial.take(middle, trial.turns)
+    timely = trial.bounded.timely()
+    views["the speed layer at the end = bounded over the rows in time"] = trial.speed_layer(timely)
+    views["batch to the middle + speed = bounded"] = trial.both_layers(timely)
+    if not trial.cut_over(since="last"):
+        views["batch of what is new + speed = bounded over all rows"] = trial.both_layers(timely)
+        trial.cut_over()
+    views["batch + speed = bounded over all rows"] = trial.both_layers(timely)
+    status = trial.speed.status()
+    assert status is not None
+    found, right = _counted(status.counts), _counted(timely.counts)
+    return {name: (found.get(name, 0), right.get(name, 0)) for name in sorted({*found, *right})}, views
 
 
 def _counted(counts: Conservation) -> dict[str, int]:
@@ -337,7 +206,7 @@ def _disorder(pipeline: Pipeline, seed: int) -> Disorder:
 
 
 def _deployment(
-    pipeline: Pipeline, folder: str, format: Format, dimensions: Mapping[str, str], seed: int
+    pipeline: Pipeline, folder: str, runner: str, format: Format, dimensions: Mapping[str, str], seed: int
 ) -> Deployment:
     """All places in a folder. Dimensions that are not given are made up."""
     places = dict(dimensions)
@@ -352,7 +221,11 @@ def _deployment(
     return Deployment(
         dimensions=places,
         live=f"{folder}/log.db?format={format}&partitions={PARTITIONS}{schemas}",
+        lake=f"{folder}/lake",
+        warehouse=f"{folder}/warehouse",
         store=f"{folder}/store.db",
+        report=f"{folder}/run.json",
+        runner=runner,
         state=f"{folder}/state",
         dead_letters=f"{folder}/dead_letters",
     )
