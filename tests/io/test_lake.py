@@ -305,4 +305,4 @@ def test_duckdb_reads_it(log: SqliteLog, tmp_path: Path) -> None:
     log.append({"0": json_of(*[sale(number) for number in range(10)])})
     archived(place, log)
     sql = "SELECT sum((decode(payload)::JSON ->> 'cents')::INT)::INT AS cents FROM lake"
-    assert run(sql, {"lake": place.table.dataset()})["cents"].to_pylist() == [45]
+    assert run(sql, {"lake": place.table.dataset().to_table()})["cents"].to_pylist() == [45]
