@@ -7,10 +7,16 @@ about 1 ms whatever the size, so one query serves a whole chain.
 
 import os
 import threading
+import warnings
 from collections.abc import Mapping
 
 import duckdb
 import pyarrow as pa
+
+FEW = 10_000
+"""Rows up to which a query is planned once, though its answer is copied once more: half the cost of a small one."""
+
+warnings.filterwarnings("ignore", "Arrow output on a DB-API result makes an extra copy")
 
 _local = threading.local()
 _lock = threading.Lock()
@@ -43,7 +49,9 @@ def run(sql: str, tables: Mapping[str, pa.Table]) -> pa.Table:
     for name, table in tables.items():
         connection.register(name, table)
     try:
-        return connection.sql(sql).to_arrow_table()
+        if sum(map(len, tables.values())) > FEW:
+            return connection.sql(sql).to_arrow_table()
+        return connection.execute(sql).to_arrow_table()
     finally:
         for name in tables:
             connection.unregister(name)

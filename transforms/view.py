@@ -18,7 +18,7 @@ from pipelines.transforms.chain import FAILURES, Chain, Outcome
 from pipelines.transforms.errors import DataRefused
 from pipelines.transforms.protect import Cipher
 from pipelines.transforms.ranges import EVERYTHING, Ranges, inside
-from pipelines.transforms.sketches import collapse
+from pipelines.transforms.sketches import Sketch, collapse
 from pipelines.transforms.states import State
 from pipelines.transforms.windows import Window
 
@@ -86,6 +86,9 @@ class ViewPlan:
         if not len(merged):
             return self.schema.empty_table()
         with self._overflow():
+            if not any(isinstance(state, Sketch) for state in self.states):
+                both = f"WITH batch AS ({self.windowed}) SELECT * FROM ({self.result})"
+                return query.run(both, {"batch": merged})
             windowed = collapse(query.run(self.windowed, {"batch": merged}), self.states, final=True)
             return query.run(self.result, {"batch": windowed})
 

@@ -198,11 +198,14 @@ class Tumbling(Window):
         if not self._calendar:
             return tiles + self.tile
         distinct, places = np.unique(tiles, return_inverse=True)
-        ends = query.run(
-            f"SELECT window_end FROM ({self.windows_sql('tiles')}) ORDER BY _tile",
-            {"tiles": pa.table([distinct], ["_tile"])},
-        )
-        return ends["window_end"].to_numpy()[places]  # type: ignore[no-any-return]
+        known = _ends(self)
+        if unknown := [tile for tile in distinct.tolist() if tile not in known]:
+            found = query.run(
+                f"SELECT _tile, window_end FROM ({self.windows_sql('tiles')})",
+                {"tiles": pa.table([unknown], ["_tile"])},
+            )
+            known.update(zip(found["_tile"].to_pylist(), found["window_end"].to_pylist(), strict=True))
+        return np.array([known[tile] for tile in distinct.tolist()], np.int64)[places]
 
     def _instant(self, local: str) -> str:
         """When a local midnight is, in µs: the first of two, where clocks go back over it (Havana)."""
@@ -310,6 +313,13 @@ class Session(Window):
     def ends(self, times: Micros) -> Micros:
         """The end of a session of that row alone."""
         return times - times % 1000 + self.micros
+
+
+@functools.lru_cache
+def _ends(window: Tumbling) -> dict[int, int]:
+    """The end of the calendar window that a tile is in, of the tiles that were asked for: a live run asks again and
+    again, and a query costs some ms."""
+    return {}
 
 
 @functools.lru_cache
