@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import secrets
 import threading
 from collections.abc import Iterable
 from typing import Any
@@ -70,15 +71,18 @@ class Turns:
     [1, 2]
     """
 
-    def __init__(self, uri: str) -> None:
-        """uri: of a folder, made at the first write. Raises UserError where turns cannot be kept."""
+    def __init__(self, uri: str, process: str | None = None) -> None:
+        """uri: of a folder, made at the first write. process: whose next turn this is about; its own once it has
+        intended one. Raises UserError where turns cannot be kept.
+        """
         self.uri = uri.rstrip("/") if len(uri) > 1 else uri
         self._folder = folder(self.uri)
         self._synced: frozenset[str] = frozenset()
         self._before: frozenset[str] | None = None
+        self._process = process
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Turns, (self.uri,)
+        return Turns, (self.uri, self._process)
 
     def own(self) -> contextlib.AbstractContextManager[None]:
         """While it is held, no other process on this machine can: call it before anything is read.
@@ -98,16 +102,29 @@ class Turns:
         return turn
 
     def turn(self, number: int) -> Turn:
-        """The turn of a number: of those that are left, which are at least the last two."""
+        """The turn of a number: of those that are left, which are at least the last two. Raises Overtaken for an older
+        one: who asks for it takes part in a turn that others have left behind.
+        """
+        numbers = _numbers(self._folder.names())
+        if numbers and number < numbers[0]:
+            raise self._overtaken(number + 1)
         return self._turn(number)
 
     def intend(self, text: str) -> None:
-        """Notes what the next turn is about, for the workers that take it. It is no part of any turn."""
-        self._folder.write(_INTENT, pa.py_buffer(text.encode()))
+        """Notes what the next turn is about, for the workers that take it, which have a copy of this made after it.
+        It is no part of any turn.
+        """
+        self._process = self._process or secrets.token_hex(8)
+        self._folder.write(_INTENT, pa.py_buffer(f"{self._process}\n{text}".encode()))
 
     def intended(self) -> str:
-        """What ``intend`` noted last."""
-        return str(self._read(_INTENT).to_pybytes(), "utf-8")
+        """What ``intend`` noted last. Raises Overtaken where another process has done so since: no turn is made of two
+        processes' parts.
+        """
+        process, _, text = str(self._read(_INTENT).to_pybytes(), "utf-8").partition("\n")
+        if self._process not in (None, process):
+            raise Overtaken(f"{self.uri}: another process takes the next turn; let only one run this pipeline")
+        return text
 
     def write(self, name: str, table: pa.Table) -> None:
         """Writes a state file, any Arrow types; on disk when the turn that names it is committed.

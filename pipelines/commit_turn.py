@@ -44,9 +44,9 @@ NOTHING: dict[str, Any] = {
     "token": "",
     "letters": None,
     "span": {},
-    "anew": False,
+    "anew": [],
 }
-"""The facts of a turn before any row was read, beside its fingerprint."""
+"""The facts of a turn before any row was read, beside its fingerprint. anew: the views whose rows it has removed."""
 
 State = dict[str, list[dict[str, Any]]]
 """Part and bucket, as "open:by_hour/0", to its pieces, as a turn's facts hold them."""
@@ -144,7 +144,7 @@ def commit(layer: Layer, turn: Next, given: list[pa.Table]) -> None:
         "token": turn.token,
         "letters": layer.dead_letters.next_version() if len(dead) else None,
         "span": _span([before["span"], *spans.to_pylist()]),
-        "anew": False,
+        "anew": [],
     }
     names = [piece["name"] for part in (kept, outbox) for pieces in part.values() for piece in pieces]
     layer.turns.commit(Turn(turn.number, tuple(sorted({*names, *turn.dimensions.values()})), facts))

@@ -18,11 +18,11 @@ import pyarrow as pa
 from pipelines.commit_turn import NOTHING, Next, Span, commit
 from pipelines.definition import Dimension, Pipeline
 from pipelines.io import files
-from pipelines.io.log import Bounds, Log, open_log
+from pipelines.io.log import Bounds, Log, open_log, refuse_gone
 from pipelines.io.store import LIVE, Store, open_store
 from pipelines.io.turns import Turn, Turns
 from pipelines.layer import Layer, fingerprint, layer
-from pipelines.options import Deployment
+from pipelines.options import Deployment, masked
 from pipelines.runners import Engine
 from pipelines.runners.microbatch import stopped_by_signals, turns
 from pipelines.transforms.conservation import TALLY, Conservation
@@ -82,19 +82,32 @@ class SpeedLayer:
         if self.last is None or deployment.rebuild:
             self.last = self._begin_anew()
         self._refuse_other(self.last.facts["fingerprint"])
+        self._forget(self.last)
         for view in self.layer.views if self._store is not None else ():
             assert self._store is not None
-            if self.last.facts["anew"]:
-                self._store.drop(self.layer.named(view), LIVE)
             self._store.resume(self.layer.named(view), view.plan.schema, (*view.plan.by, "window_start"))
         self.layer.turns.sweep()
 
     def _begin_anew(self) -> Turn:
-        """A turn that knows nothing. The store's rows go once it is committed, again if this run dies before that."""
-        number = 1 if self.last is None else self.last.number + 1
-        turn = Turn(number, (), {**NOTHING, "fingerprint": self.fingerprint, "anew": True})
+        """A turn that knows nothing, but the views whose rows go: those of now, and of the definition before."""
+        number, before = (1, NOTHING) if self.last is None else (self.last.number + 1, self.last.facts)
+        parts = {*before.get("fingerprint", ()), *self.fingerprint}
+        views = {*before["anew"], *(part.removeprefix("view ") for part in parts if part.startswith("view "))}
+        turn = Turn(number, (), {**NOTHING, "fingerprint": self.fingerprint, "anew": sorted(views)})
         self.layer.turns.commit(turn)
         return turn
+
+    def _forget(self, turn: Turn) -> None:
+        """Removes what was delivered before a turn that begins anew: after its commit, again if this run dies before
+        the next."""
+        for view in turn.facts["anew"] if self._store is not None else ():
+            assert self._store is not None
+            self._store.drop(f"{self.layer.pipeline}.{view}", LIVE)
+        letters, token = self.layer.dead_letters, f"anew-{turn.number}"
+        if turn.facts["anew"] and (last := letters.last()) is not None and last.token != token:
+            version = letters.next_version()
+            nothing = letters.stage("turn", token=token, version=version).finish()
+            letters.commit(nothing, token=token, version=version, replace="everything")
 
     def close(self) -> None:
         self._log.close()
@@ -110,6 +123,8 @@ class SpeedLayer:
     def turn(self) -> bool:
         """One turn, if there is anything new; whether a backlog is left."""
         bounds = self._log.bounds()
+        for name, position in self.positions.items():
+            refuse_gone(masked(self.layer.log), name, position.offset, bounds.get(name, Bounds(0, 0)))
         positions = self._positions(bounds)
         spans = _spans(positions, bounds)
         idled = {name: self._idled(name, position, positions, bounds) for name, position in positions.items()}
