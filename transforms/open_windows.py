@@ -6,7 +6,8 @@ state size/every times, its sessions an element for each key, and calendar windo
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import apache_beam as beam
@@ -51,15 +52,12 @@ class Open(beam.PTransform):  # type: ignore[misc]
         window = self.view.plan.window
         if isinstance(window, Tumbling) and not window.overlapping:
             pieces = states | "by window" >> beam.ParDo(_ByWindow()) | "fixed" >> self._fixed(window)
-        else:
-            pieces = states | "in turn" >> every(self.trigger)
-        parts = (
-            pieces
-            | "group" >> beam.GroupByKey()
-            | "open" >> beam.ParDo(_Open(self.view)).with_outputs("gone", "tallies", main="answers")
-        )
-        parts.tallies = parts.tallies | "counted" >> beam.WindowInto(GlobalWindows())
-        return parts
+            panes = pieces | "group" >> beam.GroupByKey()
+            parts = panes | "fold" >> beam.ParDo(Fold(self.view)).with_outputs("tallies", main="answers")
+            parts.tallies = parts.tallies | "counted" >> beam.WindowInto(GlobalWindows())
+            return parts
+        keep = beam.ParDo(Keep(self.view, self.trigger))
+        return states | "keep" >> keep.with_outputs("gone", "tallies", main="answers")
 
     def _fixed(self, window: Tumbling) -> beam.WindowInto:
         often = _often(self.trigger)
@@ -97,37 +95,26 @@ class _ByWindow(beam.DoFn):  # type: ignore[misc]
 
 _SETTLED = beam.DoFn.StateParam(BagStateSpec("settled", tables.TableCoder()))
 _RECENT = beam.DoFn.StateParam(BagStateSpec("recent", tables.TableCoder()))
+_WAITING = beam.DoFn.StateParam(BagStateSpec("waiting", tables.TableCoder()))
 _CLOSE = TimerSpec("close", TimeDomain.WATERMARK)
-_TIMER = beam.DoFn.TimerParam(_CLOSE)
-_LAST = GlobalWindow().max_timestamp().micros
+_TURN = TimerSpec("turn", TimeDomain.REAL_TIME)
+_LAST = GlobalWindow().max_timestamp()
 
 
-@beam.typehints.with_input_types(tuple[int, Iterable[pa.Table]])
-@beam.typehints.with_output_types(pa.Table, gone=pa.Table, tallies=pa.Table)
-class _Open(beam.DoFn):  # type: ignore[misc]
-    """A bucket's open windows. State is partial states as they came, those that settled merged: a pane reads all of it
-    (from the worker's cache) and adds to it, merges what it touches, and settles the rest geometrically.
+class _Opened:
+    """A bucket's open windows. State is partial states as they came, those that settled merged: what comes is compared
+    with all of it (from the worker's cache), merged with what it touches, and added; the rest settles geometrically."""
 
-    In fixed windows Beam drops the state of one that expires. In the global window a timer does, at the median of when
-    what is held closes: so dropping costs a state O(1).
-    """
+    def __init__(self, view: OpenView, settled: Any, recent: Any) -> None:
+        self.view, self.plan, self._settled, self._recent = view, view.plan, settled, recent
+        self.old, self.late = list(settled.read()), list(recent.read())
 
-    def __init__(self, view: OpenView) -> None:
-        self.view, self.plan = view, view.plan
-
-    def process(
-        self,
-        element: tuple[int, Iterable[pa.Table]],
-        window: Any = beam.DoFn.WindowParam,
-        settled: Any = _SETTLED,
-        recent: Any = _RECENT,
-        close: Any = _TIMER,
-    ) -> Iterator[Any]:
-        new = self.plan.merged(element[1])
+    def add(self, parts: Iterable[pa.Table]) -> Iterator[Any]:
+        """Partial states in; what changes by them out."""
+        new = self.plan.merged(parts)
         if not len(new):
             return
-        old, late = list(settled.read()), list(recent.read())
-        known = self.view.touched(pa.concat_tables([new.slice(0, 0), *old, *late]), new)
+        known = self.view.touched(pa.concat_tables([new.slice(0, 0), *self.old, *self.late]), new)
         pieces = [Piece("", *self.view.span(known), len(known))] if len(known) else []
         moved = self.view.advance(pieces, lambda _: known, [new], NEVER)
         part = f"view:{self.plan.name}"
@@ -136,15 +123,76 @@ class _Open(beam.DoFn):  # type: ignore[misc]
         if len(moved.gone):
             yield TaggedOutput("gone", moved.gone)
         yield moved.answers
-        waiting = sum(map(len, late)) + len(new)
-        if waiting > max(FEW, sum(map(len, old))):
-            settled.clear()
-            recent.clear()
-            settled.add(self.plan.merged([*old, *late, new]))
+        if sum(map(len, self.late)) + len(new) > max(FEW, sum(map(len, self.old))):
+            self.replace(self.plan.merged([*self.old, *self.late, new]))
         else:
-            recent.add(new)
-        if not old and not late and window == GlobalWindow():
-            self._set(close, new)
+            self._recent.add(new)
+            self.late.append(new)
+
+    def replace(self, states: pa.Table) -> None:
+        """Makes it hold these."""
+        self._settled.clear()
+        self._recent.clear()
+        self.old, self.late = [states] if len(states) else [], []
+        for table in self.old:
+            self._settled.add(table)
+
+
+@beam.typehints.with_input_types(tuple[int, Iterable[pa.Table]])
+@beam.typehints.with_output_types(pa.Table, tallies=pa.Table)
+class Fold(beam.DoFn):  # type: ignore[misc]
+    """Panes of a bucket in a fixed window, with whose expiry Beam drops the state."""
+
+    def __init__(self, view: OpenView) -> None:
+        self.view = view
+
+    def process(
+        self, element: tuple[int, Iterable[pa.Table]], settled: Any = _SETTLED, recent: Any = _RECENT
+    ) -> Iterator[Any]:
+        yield from _Opened(self.view, settled, recent).add(element[1])
+
+
+@beam.typehints.with_input_types(tuple[int, pa.Table])
+@beam.typehints.with_output_types(pa.Table, gone=pa.Table, tallies=pa.Table)
+class Keep(beam.DoFn):  # type: ignore[misc]
+    """Partial states of a bucket, in the global window, added in turn: every ``trigger`` µs, or at once.
+
+    A trigger of Beam's would hold them where the watermark passes by, and what they belong to would be dropped. Here a
+    timer at the median of when what is held closes drops it, after all that came before: so that costs a state O(1).
+    """
+
+    def __init__(self, view: OpenView, trigger: int | None, clock: Callable[[], float] = time.time) -> None:
+        self.view, self.trigger, self.clock = view, trigger, clock
+
+    def process(
+        self,
+        element: tuple[int, pa.Table],
+        settled: Any = _SETTLED,
+        recent: Any = _RECENT,
+        waiting: Any = _WAITING,
+        turn: Any = beam.DoFn.TimerParam(_TURN),  # noqa: B008  (Beam's way to ask for it)
+        close: Any = beam.DoFn.TimerParam(_CLOSE),  # noqa: B008
+    ) -> Iterator[Any]:
+        if self.trigger is None:
+            yield from self._add([element[1]], settled, recent, close)
+            return
+        if not any(True for _ in waiting.read()):
+            turn.set(Timestamp(self.clock() + self.trigger / 1_000_000))
+            if not any(True for bag in (settled, recent) for _ in bag.read()):
+                self._set(close, element[1])  # it is also the last turn, at the end of the input
+        waiting.add(element[1])
+
+    @on_timer(_TURN)  # type: ignore[untyped-decorator]
+    def take(
+        self,
+        settled: Any = _SETTLED,
+        recent: Any = _RECENT,
+        waiting: Any = _WAITING,
+        close: Any = beam.DoFn.TimerParam(_CLOSE),  # noqa: B008
+    ) -> Iterator[Any]:
+        parts = list(waiting.read())
+        waiting.clear()
+        yield from self._add(parts, settled, recent, close)
 
     @on_timer(_CLOSE)  # type: ignore[untyped-decorator]
     def drop(
@@ -152,17 +200,27 @@ class _Open(beam.DoFn):  # type: ignore[misc]
         passed: Timestamp = beam.DoFn.TimestampParam,
         settled: Any = _SETTLED,
         recent: Any = _RECENT,
-        close: Any = _TIMER,
-    ) -> None:
+        waiting: Any = _WAITING,
+        turn: Any = beam.DoFn.TimerParam(_TURN),  # noqa: B008  (Beam's way to ask for it)
+        close: Any = beam.DoFn.TimerParam(_CLOSE),  # noqa: B008
+    ) -> Iterator[Any]:
         """Drops what has closed by the time that the watermark has passed."""
-        held = self.plan.merged([*settled.read(), *recent.read()])
-        settled.clear()
-        recent.clear()
-        left = held.filter(pa.array(self.view.closes(held) > passed.micros))
-        if len(left):
-            settled.add(left)
-            self._set(close, left)
+        yield from self.take(settled, recent, waiting, close)
+        turn.clear()  # a turn that is still to come would keep Flink from ending
+        held = _Opened(self.view, settled, recent)
+        states = self.view.plan.merged([*held.old, *held.late])
+        left = states.filter(pa.array(self.view.closes(states) > passed.micros))
+        held.replace(left)
+        self._set(close, left)
+
+    def _add(self, parts: list[pa.Table], settled: Any, recent: Any, close: Any) -> Iterator[Any]:
+        held = _Opened(self.view, settled, recent)
+        first = not held.old and not held.late
+        yield from held.add(parts)
+        if first:
+            self._set(close, pa.concat_tables([self.view.plan.partial_schema.empty_table(), *held.old, *held.late]))
 
     def _set(self, close: Any, held: pa.Table) -> None:
-        middle = int(np.median(self.view.closes(held)))
-        close.set(Timestamp(micros=min(-(-middle // 1000) * 1000, _LAST)))  # engines count in milliseconds
+        if len(held):
+            middle = int(np.median(self.view.closes(held)))
+            close.set(min(Timestamp(micros=-(-middle // 1000) * 1000), _LAST))  # engines count in milliseconds
