@@ -72,7 +72,6 @@ class SpeedLayer:
     ) -> None:
         self.deployment, self.engine, self.flags, self.clock = deployment, engine, flags, clock
         self.layer = layer(pipeline, deployment, 8 if engine.DISTRIBUTED else 1)
-        self._take: Callable[[], None] | None = None
         self.fingerprint = fingerprint(self.layer)
         self.last: Turn | None = self.layer.turns.last()
         self._log: Log = open_log(self.layer.log)
@@ -87,6 +86,7 @@ class SpeedLayer:
             assert self._store is not None
             self._store.resume(self.layer.named(view), view.plan.schema, (*view.plan.by, "window_start"))
         self.layer.turns.sweep()
+        self._take = engine.prepared(self._build, flags)
 
     def _begin_anew(self) -> Turn:
         """A turn that knows nothing, but the views whose rows go: those of now, and of the definition before."""
@@ -148,8 +148,6 @@ class SpeedLayer:
 
     def _run(self, turn: Next) -> None:
         turn.put(self.layer.turns)
-        if self._take is None:
-            self._take = self.engine.prepared(self._build, self.flags)
         self._take()
 
     def _build(self, root: "beam.Pipeline") -> None:
