@@ -119,31 +119,21 @@ def parity(
 
     Raises UserError as the parts of a run do; differences are told in the report.
     """
-    begun = time.perf_counter()
-    disorder = disorder or _disorder(pipeline, seed)
-    chance = np.random.default_rng(seed % 2**64)
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="parity-"))
-        stack.enter_context(_key())
-        stack.enter_context(_told())
-        deployment = _deployment(pipeline, folder, runner, format, dimensions or {}, seed)
-        assert deployment.live and deployment.store
-        given = samples.history(pipeline, seed) if history is None else history
-        partitions = [str(number) for number in range(PARTITIONS)]
-        if format == "avro":
-            Schemas(f"{folder}/schemas").add(avro_schema(written(pipeline)))
-        log = stack.enter_context(open_log(deployment.live))
-        sent = stack.enter_context(open_log(deployment.live.replace("/log.db", "/sent.db", 1)))
-        with shown(f"{pipeline.name}: sends its history"):
-            for piece in messages(pipeline, given, disorder, partitions=partitions, format=format):
-                sent.append(piece)
-        tables = {of.name: live.dimension(of, deployment.dimensions[of.name]) for of in pipeline.dimensions}
-        bounded = Bounded(pipeline, layer(pipeline, deployment, 1), log, tables)
-        store = stack.enter_context(open_store(deployment.store))
-        trial = Trial(
-            pipeline, deployment, named(runner), flags, sent, log, store, bounded, chance, turns or TURNS, restarts
-        )
-        stack.callback(lambda: trial.speed.close())
+    begun, disorder = time.perf_counter(), disorder or _disorder(pipeline, seed)
+    with (
+        _told(),
+        prepared(
+            pipeline,
+            history,
+            disorder,
+            runner,
+            dimensions=dimensions,
+            flags=flags,
+            restarts=restarts,
+            turns=TURNS if turns is None else turns,
+            format=format,
+        ) as trial,
+    ):
         found, views = _tried(trial)
         wrong = {name: (n, right) for name, (n, right) in found.items() if n != right}
         status = trial.speed.last
@@ -160,6 +150,53 @@ def parity(
             views,
             time.perf_counter() - begun,
         )
+
+
+@contextlib.contextmanager
+def prepared(
+    pipeline: Pipeline,
+    history: str | pa.Table | None,
+    disorder: Disorder,
+    runner: str = Deployment.runner,
+    *,
+    turns: int,
+    restarts: int,
+    dimensions: Mapping[str, str] | None = None,
+    flags: Sequence[str] = (),
+    format: Format = "json",
+) -> Iterator[Trial]:
+    """A trial that has taken no turn yet, in a folder that goes with it. The history is sent."""
+    seed = disorder.seed
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="parity-"))
+        stack.enter_context(_key())
+        deployment = _deployment(pipeline, folder, runner, format, dimensions or {}, seed)
+        assert deployment.live and deployment.store
+        given = samples.history(pipeline, seed) if history is None else history
+        partitions = [str(number) for number in range(PARTITIONS)]
+        if format == "avro":
+            Schemas(f"{folder}/schemas").add(avro_schema(written(pipeline)))
+        log = stack.enter_context(open_log(deployment.live))
+        sent = stack.enter_context(open_log(deployment.live.replace("/log.db", "/sent.db", 1)))
+        with shown(f"{pipeline.name}: sends its history"):
+            for piece in messages(pipeline, given, disorder, partitions=partitions, format=format):
+                sent.append(piece)
+        tables = {of.name: live.dimension(of, deployment.dimensions[of.name]) for of in pipeline.dimensions}
+        trial = Trial(
+            pipeline,
+            deployment,
+            named(runner),
+            flags,
+            sent,
+            log,
+            stack.enter_context(open_store(deployment.store)),
+            Bounded(pipeline, layer(pipeline, deployment, 1), log, tables),
+            np.random.default_rng(seed % 2**64),
+            turns,
+            restarts,
+        )
+        stack.callback(lambda: trial.speed.close())
+        yield trial
 
 
 def _tried(trial: Trial) -> tuple[dict[str, tuple[int, int]], dict[str, dict[str, Compared]]]:
