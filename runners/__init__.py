@@ -9,7 +9,7 @@ from pipelines.transforms.errors import UserError
 if TYPE_CHECKING:
     import apache_beam as beam
 
-MODULES = {"DirectRunner": "direct", "FlinkRunner": "flink", "PrismRunner": "prism"}
+MODULES = {"DirectRunner": "direct", "FlinkRunner": "flink", "PrismRunner": "prism", "SparkRunner": "spark"}
 """The runners of --runner, each with the module that knows it."""
 
 

@@ -1,4 +1,4 @@
-"""Running a graph through a job server: Flink's, Prism's. The workers are threads of this process (LOOPBACK).
+"""Running a graph through a job server: Flink's, Spark's, Prism's. The workers are threads of this process (LOOPBACK).
 
 A server is a process of our own on ports that it chose itself, stopped by its pid when its block ends; with ``setpriv``
 (Linux) also when this process is killed. Its log is under ``.clusters/`` (or PIPELINES_CLUSTERS) while it runs, and
@@ -6,6 +6,7 @@ stays there if it ended by itself.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -19,9 +20,12 @@ from pathlib import Path
 
 import apache_beam as beam
 import grpc
-from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.runners.portability.portable_runner import PortableRunner
-from apache_beam.runners.worker import sdk_worker
+from apache_beam.options.pipeline_options import DebugOptions, PipelineOptions, PortableOptions
+from apache_beam.portability.api import beam_fn_api_pb2_grpc, beam_runner_api_pb2
+from apache_beam.runners.portability.portable_runner import JobServiceHandle, PipelineResult, PortableRunner
+from apache_beam.runners.worker import data_plane, sdk_worker, sdk_worker_main
+from apache_beam.runners.worker.worker_pool_main import BeamFnExternalWorkerPoolServicer
+from apache_beam.utils import thread_pool_executor
 
 from pipelines.transforms.errors import UserError
 
@@ -79,11 +83,32 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 def run(build: Callable[[beam.Pipeline], None], endpoint: str, flags: Sequence[str]) -> None:
     """Runs a graph to its end on the server at an endpoint; interrupted, it cancels the job. Raises what failed."""
+    with prepared(build, endpoint, flags) as again:
+        again()
+
+
+@contextlib.contextmanager
+def prepared(
+    build: Callable[[beam.Pipeline], None], endpoint: str, flags: Sequence[str]
+) -> Iterator[Callable[[], None]]:
+    """A graph that is made and encoded once, to be run any number of times while the block lasts, each as ``run``."""
     options = PipelineOptions([f"--job_endpoint={endpoint}", "--environment_type=LOOPBACK", *flags])
     _quiet()
-    pipeline = beam.Pipeline(runner=PortableRunner(), options=options)
-    build(pipeline)
-    result = pipeline.run()
+    with contextlib.ExitStack() as kept:
+        environment = options.view_as(PortableOptions)
+        if environment.environment_type == "LOOPBACK":
+            workers = kept.enter_context(_workers(options))
+            environment.environment_type, environment.environment_config = "EXTERNAL", workers
+        pipeline = beam.Pipeline(runner=PortableRunner(), options=options)
+        build(pipeline)
+        graph = PortableRunner.get_proto_pipeline(pipeline, options)
+        service = PortableRunner().create_job_service(options)
+        yield lambda: _run(graph, service)
+
+
+def _run(graph: beam_runner_api_pb2.Pipeline, service: JobServiceHandle) -> None:
+    job, messages, states = service.submit(graph)
+    result = PipelineResult(service.job_service, job, messages, states)
     try:
         result.wait_until_finish()
     except KeyboardInterrupt:
@@ -91,9 +116,37 @@ def run(build: Callable[[beam.Pipeline], None], endpoint: str, flags: Sequence[s
         raise
 
 
+@contextlib.contextmanager
+def _workers(options: PipelineOptions) -> Iterator[str]:
+    """Who starts workers in this process, as Beam's LOOPBACK does, for all jobs of the block; yields its address.
+
+    Beam's own listens on every interface, and one more of them would be kept for every job until this process ends.
+    """
+    pool = BeamFnExternalWorkerPoolServicer(
+        state_cache_size=sdk_worker_main._get_state_cache_size_bytes(options),
+        data_buffer_time_limit_ms=sdk_worker_main._get_data_buffer_time_limit_ms(
+            options.view_as(DebugOptions).experiments or []
+        ),
+    )
+    server = grpc.server(thread_pool_executor.shared_unbounded_instance())
+    beam_fn_api_pb2_grpc.add_BeamFnExternalWorkerPoolServicer_to_server(pool, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(1).wait()
+
+
+@functools.cache
 def _quiet() -> None:
     """What a worker raises is raised here too, so it need not be printed; nor that a server at its end hangs up."""
     logging.getLogger().addFilter(lambda record: not record.pathname.endswith("portable_runner.py"))
+    logging.getLogger(data_plane.__name__).addFilter(lambda record: not _hung_up(record))
     sdk_worker.print = lambda *_, **__: None
     before = threading.excepthook
     threading.excepthook = lambda args: None if isinstance(args.exc_value, grpc.RpcError) else before(args)
+
+
+def _hung_up(record: logging.LogRecord) -> bool:
+    return record.exc_info is not None and isinstance(record.exc_info[1], grpc.RpcError)

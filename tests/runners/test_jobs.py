@@ -10,10 +10,10 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from pipelines import definition, run
 from pipelines.examples import flights
 from pipelines.options import Deployment
-from pipelines.runners import flink, jobs, prism
+from pipelines.runners import flink, jobs, prism, spark
 from pipelines.transforms.errors import DataRefused, UserError
 
-NEEDS = {"FlinkRunner": ("java", "mvn"), "PrismRunner": ("/usr/local/go/bin/go",)}
+NEEDS = {"FlinkRunner": ("java", "mvn"), "SparkRunner": ("java", "mvn"), "PrismRunner": ("/usr/local/go/bin/go",)}
 READY = re.compile(r"ready at \S+:(\d+)")
 
 
@@ -50,21 +50,24 @@ def test_a_composed_jar_names_its_libraries_and_is_made_once(clusters: Path, mon
     maven.write_text(f"#!/bin/sh\nmkdir {clusters}/flink/lib && touch {clusters}/flink/lib/{'a' * 80}.jar\n")
     maven.chmod(0o755)
     monkeypatch.setenv("PATH", f"{clusters}:{os.environ['PATH']}")
-    flink._compose(clusters / "flink" / "job-server.jar")
-    manifest = zipfile.ZipFile(flink.jar(PipelineOptions([]))).read("META-INF/MANIFEST.MF").decode()
+    server = flink.server(PipelineOptions([]))
+    server._compose(clusters / "flink" / "job-server.jar")
+    manifest = zipfile.ZipFile(server.jar()).read("META-INF/MANIFEST.MF").decode()
     assert max(map(len, manifest.splitlines())) <= 72
     assert f"Class-Path: lib/{'a' * 80}.jar" in manifest.replace("\r\n ", "")
 
 
 def test_a_jar_that_is_not_there_is_refused() -> None:
     with pytest.raises(UserError, match=r"--flink_job_server_jar=no\.jar"):
-        flink.jar(PipelineOptions(["--flink_job_server_jar=no.jar"]))
+        flink.server(PipelineOptions(["--flink_job_server_jar=no.jar"])).jar()
+    with pytest.raises(UserError, match=r"--spark_job_server_jar=no\.jar"):
+        spark.server(PipelineOptions(["--spark_job_server_jar=no.jar"])).jar()
     with pytest.raises(UserError, match="--prism_location=no"):
         prism.binary(PipelineOptions(["--prism_location=no"]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("runner", ["FlinkRunner", "PrismRunner"])
+@pytest.mark.parametrize("runner", NEEDS)
 def test_flights_have_the_same_digests_on_every_engine(runner: str, tmp_path: Path) -> None:
     if lacking := [name for name in NEEDS[runner] if shutil.which(name) is None]:
         pytest.skip(f"no {lacking[0]}")

@@ -1,0 +1,102 @@
+"""Beam's job servers in Java: the jar of one, and a process of it.
+
+The job server of this Beam version is downloaded, as Beam does; where that cannot be had, Maven composes one out of
+libraries (``<engine>.pom.xml``), of an older release that knows all that our graphs use, with the whole engine in it.
+"""
+
+import contextlib
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from apache_beam.runners.portability.job_server import JavaJarJobServer
+
+from pipelines.runners import jobs
+from pipelines.transforms.errors import UserError
+
+_STARTED = re.compile(r"JobService started on \S+:(\d+)")
+_OPENED = ("java.util", "java.util.concurrent", "java.lang", "java.lang.invoke", "java.net", "java.time", "java.nio")
+_JAVA = [
+    *(
+        f"--add-opens=java.base/{package}=ALL-UNNAMED" for package in (*_OPENED, "sun.nio.ch")
+    ),  # the engines look into them
+    "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
+    "-Dorg.slf4j.simpleLogger.log.org.apache.beam.runners.jobsubmission.JobServerDriver=info",
+]
+_PORTS = ("--job-host=127.0.0.1", "--job-port=0", "--artifact-port=0", "--expansion-port=0")
+
+
+@dataclass(frozen=True)
+class JobServer:
+    """What there is to know of an engine's job server. engine: as in ``Flink``. main: its class, where it is composed.
+    given: the jar that the user has named; official: Beam's own way to one."""
+
+    engine: str
+    main: str
+    given: str | None
+    official: JavaJarJobServer
+
+    @contextlib.contextmanager
+    def serving(self, arguments: Sequence[str], properties: Sequence[str] = ()) -> Iterator[str]:
+        """The server, while the block lasts; yields its endpoint. properties: of Java, as in ``-Dname=value``."""
+        if shutil.which("java") is None:
+            raise UserError(f"--runner={self.engine}Runner: no java on the PATH; install a Java 17 runtime")
+        command: list[str | Path] = ["java", *_JAVA, *properties, "-jar", self.jar(), *arguments, *_PORTS]
+        with jobs.serving(self.engine.lower(), command, _STARTED) as endpoint:
+            yield endpoint
+
+    def jar(self) -> Path:
+        """The jar to start: the given one, else what was composed here, else Beam's own, else composed now.
+
+        Raises UserError where none can be had.
+        """
+        composed = jobs.folder(self.engine.lower()) / "job-server.jar"
+        if self.given or not composed.exists():
+            try:
+                return Path(self.official.local_jar(self.official.path_to_jar()))
+            except Exception as error:
+                if self.given:
+                    raise UserError(f"--{self.engine.lower()}_job_server_jar={self.given}: {error}") from None
+            self._compose(composed)
+        return composed
+
+    def _compose(self, place: Path) -> None:
+        """Writes a jar of nothing but a manifest, beside the libraries that it names."""
+        print(f"no job server for this Beam to download; composing one by Maven into {place.parent}", file=sys.stderr)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        pom, libraries = Path(__file__).with_name(f"{self.engine.lower()}.pom.xml"), place.parent / "lib"
+        copy = ["dependency:copy-dependencies", f"-DoutputDirectory={libraries}"]
+        try:
+            subprocess.run(["mvn", "-q", "-B", "-f", pom, *copy], check=True, capture_output=True, text=True)
+        except FileNotFoundError:
+            raise UserError(
+                f"--runner={self.engine}Runner: no mvn on the PATH; install Maven, "
+                f"or name a --{self.engine.lower()}_job_server_jar"
+            ) from None
+        except subprocess.CalledProcessError as error:
+            said = next((line for line in cast(str, error.stdout).splitlines() if "ERROR" in line), "it fails")
+            raise UserError(f"--runner={self.engine}Runner: Maven cannot compose a job server: {said}") from None
+        names = " ".join(f"lib/{path.name}" for path in sorted(libraries.glob("*.jar")))
+        made = place.with_suffix(".new")
+        with zipfile.ZipFile(made, "w") as archive:
+            archive.writestr("META-INF/MANIFEST.MF", _manifest({"Main-Class": self.main, "Class-Path": names}))
+        made.rename(place)
+
+
+def _manifest(entries: dict[str, str]) -> str:
+    """A manifest's lines have at most 72 bytes; what is longer goes on after a space.
+
+    >>> [len(line) for line in _manifest({"Class-Path": "a" * 80}).splitlines()]
+    [21, 70, 23]
+    """
+    lines = []
+    for name, value in {"Manifest-Version": "1.0", **entries}.items():
+        line = f"{name}: {value}"
+        lines += [line[:70], *(f" {line[at : at + 69]}" for at in range(70, len(line), 69))]
+    return "\r\n".join([*lines, ""])
