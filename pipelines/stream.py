@@ -4,10 +4,14 @@ The parts are those of a micro-batch; the engine keeps the state and its checkpo
 trigger), when the watermark passes the end of a window, and again for rows that are late but still in time.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
 import json
+import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -20,8 +24,10 @@ from apache_beam.pvalue import TaggedOutput
 from apache_beam.transforms.userstate import BagStateSpec
 from apache_beam.transforms.window import GlobalWindows
 
+from pipelines import drift, report
 from pipelines.definition import Dimension, Pipeline
 from pipelines.io.follow import Follow, Until
+from pipelines.io.log import open_log
 from pipelines.io.store import LIVE, open_store
 from pipelines.io.table import Table
 from pipelines.io.upsert import Deliver, epoch
@@ -31,7 +37,7 @@ from pipelines.options import Deployment
 from pipelines.runners import Engine
 from pipelines.transforms import tables
 from pipelines.transforms.buckets import split
-from pipelines.transforms.conservation import TALLY, Conservation, merge
+from pipelines.transforms.conservation import merge
 from pipelines.transforms.deadletters import unheld
 from pipelines.transforms.dedupe_stream import DedupeStream
 from pipelines.transforms.errors import DataRefused
@@ -263,15 +269,55 @@ def run(
     for view in stream.layer.views if deployment.store else ():
         with open_store(deployment.store or "") as store:
             store.resume(stream.layer.named(view), view.plan.schema, (*view.plan.by, "window_start"))
-    engine.run(lambda root: build(root, stream), ["--streaming", *flags])
+    _forget(stream.facts)
+    try:
+        with drift.shown(report.title(pipeline, deployment), stream.facts), _stopped_by_signals():
+            engine.run(lambda root: build(root, stream), ["--streaming", *flags])
+    except KeyboardInterrupt:
+        said = "stopped; what it held is gone with it: the next run reads the log again from its first offset"
+        print(f"{pipeline.name}: {said}", file=sys.stderr)
+        return _facts(stream)
+    if not _exists(stream.facts) and _any(stream.layer.log):
+        raise DataRefused(
+            f"{pipeline.name}: its workers have written no counts to {stream.facts}; name a --state they share"
+        )
+    if violations := drift.counted(stream.facts).violations():
+        raise DataRefused(f"{pipeline.name}: the law of conservation is broken: {'; '.join(violations)}")
     return _facts(stream)
 
 
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """SIGTERM stops it as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _forget(facts: str) -> None:
+    """An earlier run's counts must not pass for this one's."""
+    files, path = fsspec.url_to_fs(facts)
+    if _exists(facts):
+        files.rm(path)
+
+
+def _exists(uri: str) -> bool:
+    files, path = fsspec.url_to_fs(uri)
+    return bool(files.exists(path))
+
+
+def _any(uri: str) -> bool:
+    with open_log(uri) as log:
+        return any(bound.end > bound.start for bound in log.bounds().values())
+
+
 def _facts(stream: Stream) -> dict[str, Any]:
-    with fsspec.open(stream.facts, "rt", encoding="utf-8") as file:
-        counts = Conservation.of(pa.Table.from_pylist(json.load(file)["tallies"], TALLY))
-    if violations := counts.violations():
-        raise DataRefused(f"{stream.layer.pipeline}: the law of conservation is broken: {'; '.join(violations)}")
+    counts = drift.counted(stream.facts)
     views = {}
     for view in stream.layer.views:
         rows, digest = counts.views.get(view.plan.name, (0, 0, 0))[2], 0
