@@ -28,7 +28,7 @@ from pipelines.sql import Plan
 from pipelines.transforms import progress, tables
 from pipelines.transforms.aggregate import Aggregate
 from pipelines.transforms.chain import SqlStage
-from pipelines.transforms.clean import Between, Clean
+from pipelines.transforms.clean import Between, Clean, Dated
 from pipelines.transforms.deadletters import DEAD_LETTERS, PURPOSE, unheld
 from pipelines.transforms.decode import Decode
 from pipelines.transforms.decoder import Decoder
@@ -127,6 +127,8 @@ def build(root: beam.Pipeline, run: Prepared, *, spill: Path | None = None) -> N
     decoded = read.rows | "decode" >> Decode(read_.decoder)
     rows, dead, tallies = decoded.rows, [decoded.dead], [read.tallies, decoded.tallies]
     if source.identities:
+        dated = rows | "dated" >> Dated(run.plan.dating, run.history.format, cipher)
+        rows, dead, tallies = dated.rows, [*dead, dated.dead], [*tallies, dated.tallies]
         first = rows | "dedupe" >> _dedupe(run, spill, cipher)
         rows, dead, tallies = first.rows, [*dead, first.dead], [*tallies, first.tallies]
     chain = dataclasses.replace(run.plan.chain, format=run.history.format)

@@ -12,6 +12,7 @@ import pyarrow as pa
 from pipelines.transforms import lateness, query
 from pipelines.transforms.chain import YEARS, Chain
 from pipelines.transforms.conform import EXTRA
+from pipelines.transforms.dating import Dating
 from pipelines.transforms.expressions import DefinitionError, arrow_types, check, quote, underlined
 from pipelines.transforms.measures import Measure
 from pipelines.transforms.sketches import Sketch
@@ -30,10 +31,12 @@ Lineage = dict[str, frozenset[str]]
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What a pipeline compiles to. columns: the source's columns that a run must read. event_time: SQL over them.
-    lineage: by table, each column's source columns (``column``, or ``dimension.column``)."""
+    dating: refuses the rows without one, where rows are compared before ``chain`` refuses them. lineage: by table, each
+    column's source columns (``column``, or ``dimension.column``)."""
 
     columns: tuple[str, ...]
     event_time: str
+    dating: Dating
     chain: Chain
     views: tuple[ViewPlan, ...]
     lineage: dict[str, Lineage]
@@ -49,8 +52,13 @@ def compile(pipeline: "Pipeline", live: bool = False) -> Plan:
     types = arrow_types(pipeline.source.schema.arrow)
     if pipeline.source.extra == "keep":
         types[EXTRA.name] = "VARCHAR"
-    builder = Builder(pipeline.name, Scope(types, {name: frozenset({name}) for name in types}), "source")
+    builder, guard = (
+        Builder(pipeline.name, Scope(dict(types), {name: frozenset({name}) for name in types}), "source")
+        for _ in range(2)
+    )
     event_time = _event_time(builder, pipeline.source.event_time)
+    _event_time(guard, pipeline.source.event_time)
+    dating = Dating(f"coalesce(TRY(NOT ({_outside(event_time)})), false)", guard.chain(shared=False))
     _steps(builder, pipeline)
     chain = builder.chain(shared=True)
     if pipeline.events:
@@ -64,7 +72,7 @@ def compile(pipeline: "Pipeline", live: bool = False) -> Plan:
     every = tuple(pipeline.source.schema.names)
     whole = pipeline.events or pipeline.source.identity is not None
     columns = every if whole else tuple(name for name in every if name in used)
-    return Plan(columns, event_time, chain, tuple(plans), lineage)
+    return Plan(columns, event_time, dating, chain, tuple(plans), lineage)
 
 
 def _event_time(to: Builder, sql: str) -> str:
@@ -73,13 +81,19 @@ def _event_time(to: Builder, sql: str) -> str:
     code = to.reason("null event time", sql)
     sources = to.scope.sources(found)
     far = to.reason("event time out of range", f"{sql}: the years {YEARS[0]} to {YEARS[1]}")
-    outside = f"year({found.sql}) NOT BETWEEN {YEARS[0]} AND {YEARS[1]} OR isinf({found.sql})"
-    rules = [(found.sql, Rule(f"({found.sql}) IS NULL", code, code)), (found.sql, Rule(outside, far, far))]
+    rules = [
+        (found.sql, Rule(f"({found.sql}) IS NULL", code, code)),
+        (found.sql, Rule(_outside(found.sql), far, far)),
+    ]
     to.select({"event_time": found.sql}, rules)
     to.scope.put("event_time", TIME, sources)
     if sql in found.columns:
         to.alias(sql)
     return found.sql
+
+
+def _outside(time: str) -> str:
+    return f"year({time}) NOT BETWEEN {YEARS[0]} AND {YEARS[1]} OR isinf({time})"
 
 
 def _steps(to: Builder, owner: "Pipeline | View") -> None:

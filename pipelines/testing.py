@@ -166,8 +166,9 @@ class _Evaluation:
         tallies = [conservation.tally("source", "read", sum(map(len, batches)))]
         tallies += [conservation.tally("source", "rejected", len(part)) for part in dead]
         if source.identities:
+            good, undated, missing = self._dated(good)
             good, conflicts, counted = self._first(good)
-            dead, tallies = [*dead, conflicts], [*tallies, *counted]
+            dead, tallies = [*dead, *undated, conflicts], [*tallies, *missing, *counted]
         outcomes = [self.plan.chain.run(part, self.dimensions, None, self.key) for part in good]
         dead += [outcome.dead for outcome in outcomes]
         tallies += [outcome.tallies for outcome in outcomes]
@@ -187,6 +188,12 @@ class _Evaluation:
 
     def _empty(self) -> pa.Table:
         return pa.schema([*self.plan.chain.schema, SOURCE, OFFSET]).empty_table()
+
+    def _dated(self, batches: list[pa.Table]) -> tuple[list[pa.Table], list[pa.Table], list[pa.Table]]:
+        """Every batch without the rows that have no event time; their dead letters; tallies."""
+        parts = [self.plan.dating.split(batch, "json") for batch in batches]
+        refused = [outcome for _, outcome in parts if outcome is not None]
+        return [rows for rows, _ in parts], [one.dead for one in refused], [one.tallies for one in refused]
 
     def _first(self, batches: list[pa.Table]) -> tuple[list[pa.Table], pa.Table, list[pa.Table]]:
         """Every batch without the rows that are there already; conflicts; tallies."""

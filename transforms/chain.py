@@ -40,7 +40,7 @@ YEARS = (100, 9899)
 """The years of event times, so that their windows lie within the years 1 to 9999, which every place can hold."""
 
 _EPOCH, _DAY = datetime.date(1970, 1, 1), 86_400_000_000
-_FIRST, _PAST = ((datetime.date(year, 1, 1) - _EPOCH).days * _DAY for year in (YEARS[0], YEARS[1] + 1))
+FIRST, _PAST = ((datetime.date(year, 1, 1) - _EPOCH).days * _DAY for year in (YEARS[0], YEARS[1] + 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Chain:
             if isinstance(stage, PythonStage):
                 rows = _call(stage, rows, shown=cipher is None)
                 continue
-            if stage.alias and _timely(rows[stage.alias]):
+            if stage.alias and timely(rows[stage.alias]):
                 rows = _aliased(rows, stage.alias)
                 continue
             keys = {KEYS: pseudonym_keys(key())} if stage.keyed else {}
@@ -210,10 +210,10 @@ def _query(stage: SqlStage, batch: pa.Table, others: Mapping[str, pa.Table]) -> 
         raise DataRefused(f"{steps}: {said} Refuse such a row by a Check in a step before") from None
 
 
-def _timely(times: pa.ChunkedArray) -> bool:
-    """Whether each is an event time: not null, and within YEARS."""
+def timely(times: pa.ChunkedArray) -> bool:
+    """Whether each can be an event time: not null, and within YEARS."""
     ends = pc.min_max(times.cast(pa.int64()))  # a view
-    return not times.null_count and (not len(times) or _FIRST <= ends["min"].as_py() <= ends["max"].as_py() < _PAST)
+    return not times.null_count and (not len(times) or FIRST <= ends["min"].as_py() <= ends["max"].as_py() < _PAST)
 
 
 def _aliased(rows: pa.Table, column: str) -> pa.Table:

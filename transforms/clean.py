@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from pipelines.transforms import query, tables  # noqa: F401  (tables registers the coder of pa.Table)
 from pipelines.transforms.chain import Chain
 from pipelines.transforms.conservation import SPAN, tally
+from pipelines.transforms.dating import Dating
 from pipelines.transforms.protect import Cipher
 from pipelines.transforms.ranges import EVERYTHING, Ranges, inside
 
@@ -70,6 +71,37 @@ class Clean(beam.PTransform):  # type: ignore[misc]
         return rows | beam.ParDo(_Clean(self.chain, self.between, used, self.cipher), *sides).with_outputs(
             "dead", "tallies", "spans", main="rows"
         )
+
+
+@dataclasses.dataclass
+class Dated(beam.PTransform):  # type: ignore[misc]
+    """Row tables without the rows that have no event time, see ``Dating``. Outputs: ``rows``, ``dead``, ``tallies``."""
+
+    dating: Dating
+    format: str
+    cipher: Cipher | None = None
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def expand(self, rows: beam.PCollection) -> beam.pvalue.DoOutputsTuple:
+        return rows | beam.ParDo(_Dated(self.dating, self.format, self.cipher)).with_outputs(
+            "dead", "tallies", main="rows"
+        )
+
+
+@beam.typehints.with_output_types(pa.Table, dead=pa.Table, tallies=pa.Table)
+class _Dated(beam.DoFn):  # type: ignore[misc]
+    def __init__(self, dating: Dating, format: str, cipher: Cipher | None) -> None:
+        self._dating, self._format, self._cipher = dating, format, cipher
+
+    def process(self, rows: pa.Table) -> Iterator[Any]:
+        dated, refused = self._dating.split(rows, self._format, self._cipher)
+        if refused is not None:
+            yield beam.pvalue.TaggedOutput("tallies", refused.tallies)
+            yield beam.pvalue.TaggedOutput("dead", refused.dead)
+        if len(dated):
+            yield dated
 
 
 @beam.typehints.with_output_types(pa.Table, dead=pa.Table, tallies=pa.Table, spans=pa.Table)

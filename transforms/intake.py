@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.transforms import query
+from pipelines.transforms.chain import FIRST
 from pipelines.transforms.conform import PUBLISHED
 from pipelines.transforms.conservation import merge, tally
 from pipelines.transforms.deadletters import DEAD_LETTERS, refuse
@@ -62,11 +63,11 @@ class Intake:
         if not len(messages):
             return Taken(messages, DEAD_LETTERS.empty_table(), merge([]), position)
         dated = self.dated(messages)
-        times, known = dated.times, dated.known
+        times, known = dated.times, dated.known & (dated.times >= FIRST)  # the chain refuses what is before that, too
         before, greatest = watermarks(times, known, position, self.disorder)
         rows = dated.rows.append_column(WATERMARK, pa.array(before))
         expires = np.max([rule.expires(times) for rule in self.rules], axis=0)
-        expires[~known] = NEVER
+        expires[~known] = NEVER  # such a row is no event that another repeats: see ``Dating``
         late = known & (expires <= before)
         rows = rows.append_column(EXPIRES, pa.array(expires))
         return Taken(

@@ -63,6 +63,17 @@ def sales(**source: Any) -> Pipeline:
     )
 
 
+class Undated(Sale):
+    """As some producers send it."""
+
+    at: datetime.datetime | None  # type: ignore[assignment]
+
+
+def undated() -> Pipeline:
+    """An event may lack its time."""
+    return sales(row=Undated)
+
+
 def sale(number: int, seconds: float, shop: str = "a", cents: int = 100, **others: Any) -> Row:
     """A row so many seconds after noon."""
     at = NOON + datetime.timedelta(seconds=seconds)

@@ -52,7 +52,7 @@ from pipelines.transforms.intake import Intake, Taken
 from pipelines.transforms.protect import Cipher, Key
 from pipelines.transforms.seen import Fresh, Seen
 from pipelines.transforms.view import ViewPlan
-from tests.faults.live_oracle import NOON, SECOND, Expected, Live, Row, Sale, encoded, micros, sale, sales
+from tests.faults.live_oracle import NOON, SECOND, Expected, Live, Row, Sale, encoded, micros, sale, sales, undated
 
 if TYPE_CHECKING:
     from tests.faults.conftest import Place
@@ -369,6 +369,42 @@ def test_conflicts_across_turns(tmp_path: Path) -> None:
     live.send("0", *some(595, 3, cents=70))  # nobody knows them any more
     live.turn()
     assert live.counts["kept"] == 20 + 20 + 3
+
+
+def test_rows_without_an_event_time_are_known_to_nobody(place: "Place") -> None:
+    """Each is refused, however often it comes, and none stands in the way of a row that has its time: in batch, too."""
+    none = {**sale(1, 0), "at": None}
+    old = {**sale(2, 0), "at": datetime.datetime(50, 1, 1, tzinfo=datetime.UTC)}
+    rows = [none, none, old, old, sale(1, 0), sale(2, 0), sale(2, 0), sale(3, 0), {**sale(3, 0), "at": None}]
+    live = Live(place.folder, undated())
+    live.append(
+        "0", [encoded(row) for row in rows], [row if row["at"] not in (None, old["at"]) else None for row in rows]
+    )
+    live.turn()
+    live.check()
+    live.append("0", [encoded(row) for row in rows[:4]], [None] * 4)
+    live.turn()
+    expected = live.check()
+    assert expected.counts == {"read": 13, "kept": 3, "filtered": 0, "rejected": 9, "late": 0, "duplicate": 1}
+    messages = [sent.payload for sent in live.sent]
+    place.write("rows.jsonl", b"\n".join(messages) + b"\n")
+    path = Path(__file__).with_name("live_oracle.py")
+    for reads in ("--history=rows.jsonl", "--lake=lake"):
+        if reads == "--lake=lake":
+            archive(live.pipeline, dataclasses.replace(live.deployment, lake="lake"))
+        done = place.call("run", f"--pipeline={path}:undated", reads)
+        assert (done.code, done.told) == (0, [])
+        assert place.report()["rows"] == expected.counts
+        assert place.report()["rejected"] == {"null event time": 5, "event time out of range": 4}
+        assert len(place.rows("sales", "minutes")) == len(expected.answers["minutes"])
+    tried = testing.run(
+        live.pipeline,
+        [
+            json.loads(message) | {"at": row.get("at")}
+            for message, row in zip(messages, [*rows, *rows[:4]], strict=True)
+        ],
+    )
+    assert tried.counts == expected.counts
 
 
 # The law
