@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -83,27 +84,53 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 def run(build: Callable[[beam.Pipeline], None], endpoint: str, flags: Sequence[str]) -> None:
     """Runs a graph to its end on the server at an endpoint; interrupted, it cancels the job. Raises what failed."""
-    with prepared(build, endpoint, flags) as again:
-        again()
+    with _connected(endpoint, flags) as options:
+        _encoded(build, options)()
+
+
+def prepared(
+    build: Callable[[beam.Pipeline], None],
+    start: Callable[[], contextlib.AbstractContextManager[str]],
+    flags: Sequence[str],
+) -> Callable[[], None]:
+    """The graph, to be run any number of times, each as ``run``, all on one server and encoded once.
+
+    start: the server. It starts with the first run, and ends when what this answers is held no more.
+    """
+    kept = contextlib.ExitStack()
+    run_: Callable[[], None] | None = None
+
+    def again() -> None:
+        nonlocal run_, build
+        if run_ is None:
+            options = kept.enter_context(_connected(kept.enter_context(start()), flags))
+            run_ = _encoded(build, options)
+            del build  # it may hold who holds this
+        run_()
+
+    weakref.finalize(again, kept.close)
+    return again
 
 
 @contextlib.contextmanager
-def prepared(
-    build: Callable[[beam.Pipeline], None], endpoint: str, flags: Sequence[str]
-) -> Iterator[Callable[[], None]]:
-    """A graph that is made and encoded once, to be run any number of times while the block lasts, each as ``run``."""
-    options = PipelineOptions([f"--job_endpoint={endpoint}", "--environment_type=LOOPBACK", *flags])
+def _connected(endpoint: str, flags: Sequence[str]) -> Iterator[PipelineOptions]:
+    """What runs a job at an endpoint, and who starts its workers."""
     _quiet()
-    with contextlib.ExitStack() as kept:
-        environment = options.view_as(PortableOptions)
-        if environment.environment_type == "LOOPBACK":
-            workers = kept.enter_context(_workers(options))
-            environment.environment_type, environment.environment_config = "EXTERNAL", workers
-        pipeline = beam.Pipeline(runner=PortableRunner(), options=options)
-        build(pipeline)
-        graph = PortableRunner.get_proto_pipeline(pipeline, options)
-        service = PortableRunner().create_job_service(options)
-        yield lambda: _run(graph, service)
+    options = PipelineOptions([f"--job_endpoint={endpoint}", "--environment_type=LOOPBACK", *flags])
+    environment = options.view_as(PortableOptions)
+    if environment.environment_type != "LOOPBACK":
+        yield options
+        return
+    with _workers(options) as workers:
+        environment.environment_type, environment.environment_config = "EXTERNAL", workers
+        yield options
+
+
+def _encoded(build: Callable[[beam.Pipeline], None], options: PipelineOptions) -> Callable[[], None]:
+    pipeline = beam.Pipeline(runner=PortableRunner(), options=options)
+    build(pipeline)
+    graph = PortableRunner.get_proto_pipeline(pipeline, options)
+    return functools.partial(_run, graph, PortableRunner().create_job_service(options))
 
 
 def _run(graph: beam_runner_api_pb2.Pipeline, service: JobServiceHandle) -> None:

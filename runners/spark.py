@@ -6,7 +6,6 @@ server than that of ``java``, ``--job_endpoint`` one that runs already, ``--spar
 """
 
 import contextlib
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import apache_beam as beam
@@ -34,24 +33,19 @@ _HERE = ("-Dspark.driver.host=127.0.0.1", "-Dspark.driver.bindAddress=127.0.0.1"
 
 def run(build: Callable[[beam.Pipeline], None], flags: Sequence[str]) -> None:
     """Runs the graph to its end on Spark. What a worker raises comes as the text of its traceback."""
-    prepared(build, flags)()
+    with _server([*_OURS, *flags]) as endpoint:
+        jobs.run(build, endpoint, [*_OURS, *flags])
 
 
 def prepared(build: Callable[[beam.Pipeline], None], flags: Sequence[str]) -> Callable[[], None]:
-    """The graph, to be run any number of times, on one server that ends when the answer is no longer held."""
-    flags = [*_OURS, *flags]
+    """The graph, to be run any number of times, all on one server."""
+    return jobs.prepared(build, lambda: _server([*_OURS, *flags]), [*_OURS, *flags])
+
+
+def _server(flags: Sequence[str]) -> contextlib.AbstractContextManager[str]:
     options = PipelineOptions(flags)
     given = options.view_as(PortableOptions).job_endpoint
-    with contextlib.ExitStack() as stack:
-        endpoint = given or stack.enter_context(serving(options))
-        once = stack.enter_context(jobs.prepared(build, endpoint, flags))
-        kept = stack.pop_all()
-
-    def again() -> None:
-        once()
-
-    weakref.finalize(again, kept.close)
-    return again
+    return contextlib.nullcontext(given) if given else serving(options)
 
 
 @contextlib.contextmanager
