@@ -19,7 +19,7 @@ from pipelines.transforms.intake import Intake
 from pipelines.transforms.lateness import NEVER, Lateness, Position
 from pipelines.transforms.messages import Messages
 from pipelines.transforms.schema import RowSchema
-from pipelines.transforms.windows import Session, Sliding, Tumbling, Window
+from pipelines.transforms.windows import Session, Sliding, Tumbling
 
 START = 1_711_800_000_000_000
 PUBLISHED = START + 3_600_000_000

@@ -155,7 +155,7 @@ def test_what_is_closed_no_row_in_time_can_change(
         last = time // 1000 * 1000
         joining = np.array([last + further % (20 * MINUTE), last])  # a row less than a gap after the last, or at it
     else:
-        last = int(window._tiles(np.array([time]))[0])  # type: ignore[arg-type]
+        last = int(window._tiles(np.array([time]))[0])
         assert window.tile
         joining = np.array([last + further % window.tile, last])
     late = rule.late(joining, np.full(2, watermark))
