@@ -92,10 +92,13 @@ def layer(pipeline: Pipeline, deployment: Deployment, buckets: int) -> Layer:
     decoder = Decoder(schema, pipeline.name, source.extra, source.invalid, None, cipher)
     views = tuple(OpenView(view, Lateness(view.window, allowed)) for view in plan.views)
     rules = tuple(dict.fromkeys(view.rule for view in views))
+    guard = dataclasses.replace(plan.dating.guard, format=form)
     return Layer(
         pipeline=pipeline.name,
         log=deployment.live,
-        intake=Intake(Messages(decoder, form, schemas), plan.event_time, disorder, deployment.ahead, rules, cipher),
+        intake=Intake(
+            Messages(decoder, form, schemas), plan.event_time, disorder, deployment.ahead, rules, cipher, guard
+        ),
         seen=Seen(source.identities, source.columns) if source.identities else None,
         plan=plan,
         views=views,

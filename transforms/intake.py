@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.transforms import query
-from pipelines.transforms.chain import FIRST
+from pipelines.transforms.chain import FIRST, Chain
 from pipelines.transforms.conform import PUBLISHED
 from pipelines.transforms.conservation import merge, tally
 from pipelines.transforms.deadletters import DEAD_LETTERS, refuse
@@ -48,7 +48,8 @@ class Intake:
     """How a log's messages become rows. event_time: SQL over the source's columns. disorder: µs that the watermark
     waits. ahead: µs that an event time may be past the time at which the log took its message: a later one is refused,
     "event time in the future", and moves no watermark. That rule, too, depends on nothing but the log. rules: of every
-    view; a row that is late for all of them is counted as late, and goes no further.
+    view; a row that is late for all of them is counted as late, and goes no further. guard: refuses the rows without an
+    event time (``Dating``); None: they go on, and whoever is to refuse them does.
     """
 
     messages: Messages
@@ -57,23 +58,29 @@ class Intake:
     ahead: int
     rules: tuple[Lateness, ...] = ()
     cipher: Cipher | None = None
+    guard: Chain | None = None
 
     def take(self, messages: pa.Table, position: Position) -> Taken:
         """messages: of one partition, in offset order, from ``position`` on."""
         if not len(messages):
             return Taken(messages, DEAD_LETTERS.empty_table(), merge([]), position)
         dated = self.dated(messages)
-        times, known = dated.times, dated.known & (dated.times >= FIRST)  # the chain refuses what is before that, too
+        rows, dead, tallies = dated.rows, dated.dead, dated.tallies
+        times, known = dated.times, dated.known & (dated.times >= FIRST)
         before, greatest = watermarks(times, known, position, self.disorder)
-        rows = dated.rows.append_column(WATERMARK, pa.array(before))
+        rows = rows.append_column(WATERMARK, pa.array(before))
+        if self.guard is not None and not known.all():
+            refused = self.guard.run(rows.filter(pa.array(~known)), {}, self.cipher)
+            dead, tallies = pa.concat_tables([dead, refused.dead]), merge([tallies, refused.tallies])
+            rows, times, before, known = rows.filter(pa.array(known)), times[known], before[known], known[known]
         expires = np.max([rule.expires(times) for rule in self.rules], axis=0)
-        expires[~known] = NEVER  # such a row is no event that another repeats: see ``Dating``
+        expires[~known] = NEVER
         late = known & (expires <= before)
         rows = rows.append_column(EXPIRES, pa.array(expires))
         return Taken(
             rows.filter(pa.array(~late)) if late.any() else rows,
-            dated.dead,
-            merge([dated.tallies, tally("source", "late", int(late.sum()))]),
+            dead,
+            merge([tallies, tally("source", "late", int(late.sum()))]),
             dataclasses.replace(position, offset=next_offset(messages), greatest=greatest),
         )
 
@@ -84,7 +91,6 @@ class Intake:
         tallies = [tally("source", "read", len(rows) + sum(map(len, dead)))]
         times, known = self._times(rows)
         published = rows[PUBLISHED.name].cast(pa.int64()).to_numpy()
-        rows = rows.drop_columns([PUBLISHED.name])
         future = known & (times > published + self.ahead)
         if future.any():
             dead.append(self._refused(rows.filter(pa.array(future))))
@@ -92,6 +98,7 @@ class Intake:
         for letters in dead:
             for count in pc.value_counts(letters["reason"]).to_pylist():
                 tallies.append(tally("source", "rejected", count["counts"], count["values"]))
+        rows = rows.drop_columns([PUBLISHED.name])
         return Dated(rows, times, known, pa.concat_tables([DEAD_LETTERS.empty_table(), *dead]), merge(tallies))
 
     def _times(self, rows: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:

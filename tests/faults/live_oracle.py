@@ -81,7 +81,7 @@ def sale(number: int, seconds: float, shop: str = "a", cents: int = 100, **other
 
 
 def encoded(row: Row) -> bytes:
-    return json.dumps(row, default=lambda at: at.isoformat()).encode()
+    return json.dumps(row, default=lambda at: at.isoformat()).encode() + b"\r\n"  # as many producers end messages
 
 
 def micros(at: datetime.datetime) -> int:
