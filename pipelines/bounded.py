@@ -73,7 +73,8 @@ class Bounded:
         source, plan = self.pipeline.source, self.pipeline.plan()
         every = pa.concat_tables([table for table in rows if len(table)] or rows[:1])
         if source.identities and len(every):
-            every = deduplicate(every, source.identities, source.columns).rows
+            dated, _ = plan.dating.split(every, self.layer.format)
+            every = deduplicate(dated, source.identities, source.columns).rows
         cleaned = plan.chain.run(every, self.dimensions, self.layer.cipher).rows
         if before is not None:
             cleaned = cleaned.filter(pc.less(cleaned["event_time"].cast(pa.int64()), before))

@@ -241,12 +241,14 @@ class SpeedLayer:
     def _idled(
         self, name: str, position: Position, positions: dict[str, Position], bounds: dict[str, Bounds]
     ) -> Position:
-        """An idle partition's watermark keeps up with the clock, and with the least of those that are not idle."""
+        """An idle partition's watermark keeps up with the clock, and with the least of those that are not idle; one that
+        never had a row with those that had, idle or not."""
         idle = self.clock() - self._active[name] - IDLE_AFTER if name in self._active else 0.0
         if idle <= 0:
             return position
         busy = [other for other in positions if other in bounds and self.clock() - self._active[other] <= IDLE_AFTER]
-        marks = [positions[other].watermark(self.layer.disorder) for other in busy]
+        filled = [other for other in positions if positions[other].greatest is not None]
+        marks = [positions[other].watermark(self.layer.disorder) for other in busy or filled]
         own = position.watermark(self.layer.disorder)
         since = NEVER if position.greatest is None else position.greatest - self.layer.disorder + int(idle * 1_000_000)
         moved = max(own, since // 1000 * 1000, min(marks, default=NEVER))

@@ -305,6 +305,19 @@ def test_an_idle_partition(tmp_path: Path) -> None:
     assert live.check().counts["late"] > counts["late"] + 10
 
 
+def test_a_partition_that_never_has_a_row(tmp_path: Path) -> None:
+    """It holds the watermark until it is idle, and never again, though nobody else sends either."""
+    live = Live(tmp_path, partitions=2)
+    live.send("0", *some(0))
+    live.turn()
+    assert live.watermark is None
+    for now in (12, 12, 20, 20):
+        live.now = now
+        live.turn()  # of one turn the other partition learns in the next
+    assert live.watermark == 45
+    live.check()
+
+
 def test_a_partition_added_while_running(tmp_path: Path) -> None:
     """It holds the watermark; and its rows of windows that are closed are late: their answers stand."""
     live = Live(tmp_path, published=NOON + datetime.timedelta(hours=1))
