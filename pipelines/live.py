@@ -241,8 +241,8 @@ class SpeedLayer:
     def _idled(
         self, name: str, position: Position, positions: dict[str, Position], bounds: dict[str, Bounds]
     ) -> Position:
-        """An idle partition's watermark keeps up with the clock, and with the least of those that are not idle. One that
-        never had a row keeps up with those that had."""
+        """An idle partition's watermark keeps up with the clock, and with the least of those that are not idle. One
+        that never had a row keeps up with those that had."""
         idle = self.clock() - self._active[name] - IDLE_AFTER if name in self._active else 0.0
         if idle <= 0:
             return position
