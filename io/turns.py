@@ -71,18 +71,17 @@ class Turns:
     [1, 2]
     """
 
-    def __init__(self, uri: str, process: str | None = None) -> None:
-        """uri: of a folder, made at the first write. process: whose next turn this is about; its own once it has
-        intended one. Raises UserError where turns cannot be kept.
-        """
+    def __init__(self, uri: str) -> None:
+        """uri: of a folder, made at the first write. Raises UserError where turns cannot be kept."""
         self.uri = uri.rstrip("/") if len(uri) > 1 else uri
         self._folder = folder(self.uri)
         self._synced: frozenset[str] = frozenset()
         self._before: frozenset[str] | None = None
-        self._process = process
+        self._taker = secrets.token_hex(8)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Turns, (self.uri, self._process)
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy takes part in the turns that this one intends."""
+        return {**vars(self), "_synced": frozenset(), "_before": None}
 
     def own(self) -> contextlib.AbstractContextManager[None]:
         """While it is held, no other process on this machine can: call it before anything is read.
@@ -111,18 +110,17 @@ class Turns:
         return self._turn(number)
 
     def intend(self, text: str) -> None:
-        """Notes what the next turn is about, for the workers that take it, which have a copy of this made after it.
-        It is no part of any turn.
+        """Notes what the next turn is about, for the workers that take it, which have copies of this. It is no part of
+        any turn.
         """
-        self._process = self._process or secrets.token_hex(8)
-        self._folder.write(_INTENT, pa.py_buffer(f"{self._process}\n{text}".encode()))
+        self._folder.write(_INTENT, pa.py_buffer(f"{self._taker}\n{text}".encode()))
 
     def intended(self) -> str:
         """What ``intend`` noted last. Raises Overtaken where another process has done so since: no turn is made of two
         processes' parts.
         """
-        process, _, text = str(self._read(_INTENT).to_pybytes(), "utf-8").partition("\n")
-        if self._process not in (None, process):
+        taker, _, text = str(self._read(_INTENT).to_pybytes(), "utf-8").partition("\n")
+        if taker != self._taker:
             raise Overtaken(f"{self.uri}: another process takes the next turn; let only one run this pipeline")
         return text
 

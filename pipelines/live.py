@@ -19,7 +19,7 @@ from pipelines.commit_turn import NOTHING, Next, Span, commit
 from pipelines.definition import Dimension, Pipeline
 from pipelines.io import files
 from pipelines.io.log import Bounds, Log, open_log, refuse_gone
-from pipelines.io.store import LIVE, Store, open_store
+from pipelines.io.store import LIVE, Store, StoreConflict, open_store
 from pipelines.io.turns import Turn, Turns
 from pipelines.layer import Layer, fingerprint, layer
 from pipelines.options import Deployment, masked
@@ -30,6 +30,7 @@ from pipelines.transforms.decoder import Decoder
 from pipelines.transforms.errors import UserError
 from pipelines.transforms.lateness import IDLE_AFTER, NEVER, Position
 from pipelines.transforms.lookup import unique
+from pipelines.transforms.view import ViewPlan
 
 if TYPE_CHECKING:
     import apache_beam as beam
@@ -69,9 +70,12 @@ class SpeedLayer:
         engine: Engine,
         flags: Sequence[str] = (),
         clock: Clock = time.monotonic,
+        turns: Turns | None = None,
     ) -> None:
+        """turns: where they are kept; by default in the deployment's folder of the pipeline."""
         self.deployment, self.engine, self.flags, self.clock = deployment, engine, flags, clock
-        self.layer = layer(pipeline, deployment, 8 if engine.DISTRIBUTED else 1)
+        made = layer(pipeline, deployment, 8 if engine.DISTRIBUTED else 1)
+        self.layer = dataclasses.replace(made, turns=turns or made.turns)
         self.fingerprint = fingerprint(self.layer)
         self.last: Turn | None = self.layer.turns.last()
         self._log: Log = open_log(self.layer.log)
@@ -82,9 +86,9 @@ class SpeedLayer:
             self.last = self._begin_anew()
         self._refuse_other(self.last.facts["fingerprint"])
         self._forget(self.last)
-        for view in self.layer.views if self._store is not None else ():
-            assert self._store is not None
-            self._store.resume(self.layer.named(view), view.plan.schema, (*view.plan.by, "window_start"))
+        if self._store is not None:
+            for view in self.layer.views:
+                self._resume(self._store, self.layer.named(view), view.plan)
         self.layer.turns.sweep()
         self._take = engine.prepared(self._build, flags)
 
@@ -108,6 +112,20 @@ class SpeedLayer:
             version = letters.next_version()
             nothing = letters.stage("turn", token=token, version=version).finish()
             letters.commit(nothing, token=token, version=version, replace="everything")
+
+    def _resume(self, store: Store, name: str, plan: ViewPlan) -> None:
+        keys = (*plan.by, "window_start")
+        assert self.last is not None
+        if not self.last.facts["anew"]:
+            try:
+                store.get(name, plan.schema.empty_table().select(keys), generation=LIVE)
+            except StoreConflict:
+                raise UserError(
+                    f"--store={masked(self.deployment.store or '')}: has no live rows of {name}, and turns up to "
+                    f"{self.last.number} were given to another; name that one, or start again with --rebuild, "
+                    "which reads the log from its first offset"
+                ) from None
+        store.resume(name, plan.schema, keys)
 
     def close(self) -> None:
         self._log.close()

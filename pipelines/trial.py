@@ -9,7 +9,7 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -62,9 +62,6 @@ class Mortal(Turns):
         super().__init__(uri)
         self.point, self.mark = point, mark
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Mortal, (self.uri, self.point, self.mark)
-
     def passed(self, point: str) -> None:
         """Raises Died where it is this turn's point."""
         if point != self.point or not os.path.exists(self.mark):
@@ -96,10 +93,9 @@ class Mortal(Turns):
 
 class _Speed(live.SpeedLayer):
     def __init__(self, pipeline: Pipeline, deployment: Deployment, engine: Engine, flags: Sequence[str], point: str):
-        super().__init__(pipeline, deployment, engine, flags, clock=lambda: 0.0)  # nothing is idle
         self.mark = Path(f"{deployment.state}/die")
-        self.mortal = Mortal(self.layer.turns.uri, point, str(self.mark))
-        self.layer = dataclasses.replace(self.layer, turns=self.mortal)
+        self.mortal = Mortal(f"{deployment.state}/{pipeline.name}", point, str(self.mark))
+        super().__init__(pipeline, deployment, engine, flags, lambda: 0.0, self.mortal)  # nothing is idle
 
     def _deliver(self, kind: str, view: str, rows: pa.Table) -> None:
         self.mortal.passed("while it delivers")

@@ -256,6 +256,16 @@ def test_rows_of_the_definition_before_are_gone_after_a_rebuild_that_died_twice(
     assert len(live.letters()) == 2
 
 
+def test_a_store_that_lacks_what_was_delivered_is_refused_until_a_rebuild(tmp_path: Path) -> None:
+    live = fed(tmp_path)
+    live.deployment = dataclasses.replace(live.deployment, store=f"{tmp_path}/other.db")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"other\.db: has no live rows of sales\.minutes, and turns up to 3 "):
+            live.restart()
+    begun_anew(live, rebuild=True)
+    live.check()
+
+
 # Another definition
 
 
