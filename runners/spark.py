@@ -23,6 +23,7 @@ _OURS = (
     "--environment_cache_millis=2000",  # else every task of every stage starts a worker of its own
 )
 _SPARK = (
+    "-XX:TieredStopAtLevel=1",  # little of the work is Java's: compiling it well cost 10 CPU-s at the start, 2 a turn
     "-Dspark.ui.enabled=false",
     "-Dbeam.spark.test.reuseSparkContext=true",  # for the next turn
     "-Dorg.slf4j.simpleLogger.log.org.apache.beam.runners.fnexecution=off",  # a page for each worker that ends

@@ -1,11 +1,15 @@
+import contextlib
 import os
 import re
 import shutil
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import apache_beam as beam
 import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.portability.local_job_service import LocalJobServicer
 
 from pipelines import definition, run
 from pipelines.examples import flights
@@ -43,6 +47,33 @@ def test_a_server_that_does_not_start_is_told_in_a_line_with_its_log(clusters: P
     (log,) = (clusters / "any").iterdir()
     assert str(log) in str(raised.value)
     assert log.read_text() == "no memory\n"
+
+
+def test_a_graph_that_is_run_again_is_built_once_on_a_server_that_ends_with_it(tmp_path: Path) -> None:
+    events: list[str] = []
+
+    @contextlib.contextmanager
+    def start() -> Iterator[str]:
+        servicer = LocalJobServicer(str(tmp_path))
+        events.append("up")
+        yield f"127.0.0.1:{servicer.start_grpc_server()}"
+        events.append("down")
+        servicer.stop()
+
+    class Asking:
+        def build(self, root: beam.Pipeline) -> None:
+            events.append("built")
+            _ = root | beam.Create(["ran"]) | beam.Map(lambda word: (tmp_path / "ran").open("a").write(word))
+
+    asking = Asking()
+    again = asking.again = jobs.prepared(asking.build, start, [])  # type: ignore[attr-defined]
+    assert events == []
+    again()
+    again()
+    assert events == ["up", "built"]
+    assert (tmp_path / "ran").read_text() == "ranran"
+    del again, asking
+    assert events == ["up", "built", "down"]
 
 
 def test_a_composed_jar_names_its_libraries_and_is_made_once(clusters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
