@@ -43,6 +43,9 @@ from pipelines.trial import Trial
 RESTARTS, TURNS, PARTITIONS = 8, 24, 4
 """By default: how often the speed layer dies, and about how many turns it takes; the log's partitions."""
 
+BUCKETS = 3
+"""Of every other seed: parts of the state, as engines with many workers have them."""
+
 LATE, DUPLICATE, CORRUPT = 0.02, 0.05, 0.01
 """Shares of the rows: sent when late for every view, sent twice, and bad messages added."""
 
@@ -265,6 +268,7 @@ def _deployment(
         runner=runner,
         state=f"{folder}/state",
         dead_letters=f"{folder}/dead_letters",
+        buckets=BUCKETS if seed % 2 else None,
     )
 
 

@@ -168,14 +168,6 @@ def test_every_format_and_disorder(format: Any) -> None:
     assert report.different == 0, report.text()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_the_examples(name: str) -> None:
-    of = definition.load(name)
-    report = parity.parity(of, samples.history(of, 5, 4_000), seed=5, turns=8)
-    assert report.different == 0, report.text()
-
-
 def test_rows_are_made_for_every_type() -> None:
     class Odd:
         at: datetime.datetime
