@@ -21,13 +21,12 @@ from pathlib import Path
 
 import apache_beam as beam
 import grpc
-from apache_beam.options.pipeline_options import DebugOptions, PipelineOptions, PortableOptions
-from apache_beam.portability.api import beam_fn_api_pb2_grpc, beam_runner_api_pb2
+from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions
+from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.portability.portable_runner import JobServiceHandle, PipelineResult, PortableRunner
-from apache_beam.runners.worker import data_plane, sdk_worker, sdk_worker_main
-from apache_beam.runners.worker.worker_pool_main import BeamFnExternalWorkerPoolServicer
-from apache_beam.utils import thread_pool_executor
+from apache_beam.runners.worker import data_plane, sdk_worker
 
+from pipelines.runners import workers
 from pipelines.transforms.errors import UserError
 
 START = 120.0
@@ -121,8 +120,8 @@ def _connected(endpoint: str, flags: Sequence[str]) -> Iterator[PipelineOptions]
     if environment.environment_type != "LOOPBACK":
         yield options
         return
-    with _workers(options) as workers:
-        environment.environment_type, environment.environment_config = "EXTERNAL", workers
+    with workers.serving(options) as address:
+        environment.environment_type, environment.environment_config = "EXTERNAL", address
         yield options
 
 
@@ -141,28 +140,6 @@ def _run(graph: beam_runner_api_pb2.Pipeline, service: JobServiceHandle) -> None
     except KeyboardInterrupt:
         result.cancel()
         raise
-
-
-@contextlib.contextmanager
-def _workers(options: PipelineOptions) -> Iterator[str]:
-    """Who starts workers in this process, as Beam's LOOPBACK does, for all jobs of the block; yields its address.
-
-    Beam's own listens on every interface, and one more of them would be kept for every job until this process ends.
-    """
-    pool = BeamFnExternalWorkerPoolServicer(
-        state_cache_size=sdk_worker_main._get_state_cache_size_bytes(options),
-        data_buffer_time_limit_ms=sdk_worker_main._get_data_buffer_time_limit_ms(
-            options.view_as(DebugOptions).experiments or []
-        ),
-    )
-    server = grpc.server(thread_pool_executor.shared_unbounded_instance())
-    beam_fn_api_pb2_grpc.add_BeamFnExternalWorkerPoolServicer_to_server(pool, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        server.stop(1).wait()
 
 
 @functools.cache

@@ -38,7 +38,7 @@ def test_a_stream_on_spark_is_of_turns_on_one_server_and_gives_what_batch_gives(
     for mode, runner in (("batch", "DirectRunner"), ("stream", "SparkRunner")):
         place = tmp_path / mode
         deployment = Deployment(
-            mode=mode,  # type: ignore[arg-type]
+            mode=mode,
             history=flights.HISTORY(),
             live=f"{tmp_path}/log.db",
             until="end",
