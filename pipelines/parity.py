@@ -32,10 +32,11 @@ from pipelines.run import mistake
 from pipelines.runners import named
 from pipelines.transforms import lateness
 from pipelines.transforms.avro_schemas import Schemas
-from pipelines.transforms.conservation import Conservation
+from pipelines.transforms.conservation import SOURCE, Conservation
 from pipelines.transforms.differences import Compared, Difference
 from pipelines.transforms.disorder import Disorder
 from pipelines.transforms.encode import avro_schema, encode
+from pipelines.transforms.errors import UserError
 from pipelines.transforms.protect import VARIABLE
 from pipelines.transforms.windows import Duration
 from pipelines.trial import Trial
@@ -148,7 +149,7 @@ def parity(
             disorder,
             status.number,
             dict(trial.points),
-            {name.removeprefix("source "): n for name, (n, _) in found.items() if name.startswith("source ")},
+            {name: found[f"source {name}"][0] for name in SOURCE},
             wrong,
             views,
             time.perf_counter() - begun,
@@ -169,7 +170,7 @@ def prepared(
     format: Format = "json",
 ) -> Iterator[Trial]:
     """A trial that has taken no turn yet, in a folder that goes with it. The history is sent."""
-    seed = disorder.seed
+    seed, engine = disorder.seed, named(runner)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="parity-"))
         stack.enter_context(_key())
@@ -184,11 +185,13 @@ def prepared(
         with shown(f"{pipeline.name}: sends its history"):
             for piece in messages(pipeline, given, disorder, partitions=partitions, format=format):
                 sent.append(piece)
+        if not any(bounds.end for bounds in sent.bounds().values()):
+            raise UserError(f"{pipeline.name}: its history has no rows to try it on; name another with --history=URI")
         tables = {of.name: live.dimension(of, deployment.dimensions[of.name]) for of in pipeline.dimensions}
         trial = Trial(
             pipeline,
             deployment,
-            named(runner),
+            engine,
             flags,
             sent,
             log,

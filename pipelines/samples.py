@@ -33,14 +33,14 @@ def history(pipeline: Pipeline, seed: int, n: int | None = None) -> pa.Table:
     spans = [getattr(view.window, "micros", view.window.longest) or 0 for view in pipeline.views]
     span = max(3_600_000_000, 4 * (waits + max(spans, default=0)))
     middle = (_MIDDLE - _EPOCH) // datetime.timedelta(microseconds=1)
-    chance = np.random.default_rng(seed)
+    chance = np.random.default_rng(seed % 2**64)
     times = np.sort(chance.integers(middle - span // 2, middle + span // 2, ROWS if n is None else n))
     return _table(source.schema, times, chance, _naming(source.schema, source.identities))
 
 
 def dimension(of: Dimension, seed: int) -> pa.Table:
     """A dimension of every text but one; where it keeps history, of two versions each."""
-    chance = np.random.default_rng(seed)
+    chance = np.random.default_rng(seed % 2**64)
     middle = (_MIDDLE - _EPOCH) // datetime.timedelta(microseconds=1)
     versions = [middle - 100 * 365 * _DAY, middle][: 2 if of.valid_from else 1]
     known = TEXTS[:-1]

@@ -15,6 +15,7 @@ from pipelines.definition import Pipeline, Source, View
 from pipelines.io.lake import Lake
 from pipelines.live import SpeedLayer
 from pipelines.transforms.disorder import Disorder
+from pipelines.transforms.errors import UserError
 from pipelines.transforms.measures import Count, Quantile, Sum
 from pipelines.transforms.speed import Advanced, OpenView
 from pipelines.transforms.windows import Session, Sliding, Tumbling
@@ -159,6 +160,13 @@ def test_the_command_ends_with_3_where_layers_differ(
         assert ("the layers differ, with seed 0" in out.err) == (fault is not None)
     assert codes == [0, 3]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_history_without_rows_and_an_unknown_runner_are_the_users_mistakes() -> None:
+    with pytest.raises(UserError, match="readings: its history has no rows to try it on; name another"):
+        tried(pipeline(), history=samples.history(pipeline(), 1, 0))
+    with pytest.raises(UserError, match="--runner=Nobody: no such runner"):
+        tried(pipeline(), runner="Nobody")
 
 
 @pytest.mark.slow
