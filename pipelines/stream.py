@@ -21,6 +21,7 @@ import fsspec
 import pyarrow as pa
 from apache_beam.metrics import Metrics
 from apache_beam.pvalue import TaggedOutput
+from apache_beam.transforms import trigger
 from apache_beam.transforms.userstate import BagStateSpec
 from apache_beam.transforms.window import GlobalWindows
 
@@ -38,15 +39,15 @@ from pipelines.runners import Engine
 from pipelines.transforms import tables
 from pipelines.transforms.buckets import split
 from pipelines.transforms.conservation import merge
-from pipelines.transforms.deadletters import unheld
+from pipelines.transforms.deadletters import DEAD_LETTERS, unheld
 from pipelines.transforms.dedupe_stream import DedupeStream
 from pipelines.transforms.errors import DataRefused
 from pipelines.transforms.lateness import EXPIRES
-from pipelines.transforms.open_windows import Open, every
+from pipelines.transforms.open_windows import Open
 from pipelines.transforms.speed import OpenView
 from pipelines.transforms.windows import Session
 
-BUCKETS = 8
+BUCKETS = 4
 """Parts of the state of a view, or of the identities: as many workers can share it."""
 
 
@@ -183,7 +184,10 @@ class _Every(beam.PTransform):  # type: ignore[misc]
 
     def expand(self, given: beam.PCollection) -> beam.PCollection:
         keyed = given | "key" >> beam.Map(lambda table: (0, table)).with_output_types(tuple[int, pa.Table])
-        return keyed | "every" >> every(self.micros) | beam.GroupByKey()
+        seconds = trigger.AfterProcessingTime(max(1, (self.micros or 0) // 1_000_000))
+        fired = trigger.Repeatedly(trigger.AfterCount(1) if self.micros is None else seconds)
+        discarding = trigger.AccumulationMode.DISCARDING
+        return keyed | beam.WindowInto(GlobalWindows(), trigger=fired, accumulation_mode=discarding) | beam.GroupByKey()
 
 
 @beam.typehints.with_input_types(pa.Table)
@@ -231,7 +235,8 @@ class _Letters(beam.DoFn):  # type: ignore[misc]
         self.table = table
 
     def process(self, element: tuple[int, Iterable[pa.Table]]) -> None:
-        letters, version = pa.concat_tables(list(element[1])), self.table.next_version()
+        letters = pa.concat_tables([DEAD_LETTERS.empty_table(), *element[1]])  # a last pane may be empty
+        version = self.table.next_version()
         if version > 1:
             letters = unheld(letters, self.table.dataset())
         if not len(letters):

@@ -18,7 +18,7 @@ from pipelines.transforms.expressions import quote
 from pipelines.transforms.lateness import SINCE, WATERMARK, Lateness
 from pipelines.transforms.protect import Cipher
 from pipelines.transforms.view import ViewPlan
-from pipelines.transforms.windows import Micros, Session
+from pipelines.transforms.windows import Micros, Session, Sliding
 
 PIECE = 1 << 16
 """Rows of a piece, at most."""
@@ -105,6 +105,11 @@ class OpenView:
     def closed(self, piece: Piece, watermark: int) -> bool:
         """Whether nothing in a piece can change any more."""
         return bool(self.rule.closed(pa.array([piece.high]).to_numpy(), watermark)[0])
+
+    def due(self, states: pa.Table) -> Micros:
+        """For each state the end (µs) of the first window that it is in: when its answer is due."""
+        window, times = self.plan.window, states["_last" if self._session else "_tile"].to_numpy()
+        return window.opens(times) + window.longest if isinstance(window, Sliding) else window.ends(times)
 
     def closes(self, states: pa.Table) -> Micros:
         """For each state the watermark (µs) from which on it can no longer change."""

@@ -9,7 +9,8 @@ import pytest
 from apache_beam.pvalue import TaggedOutput
 from apache_beam.utils.timestamp import Timestamp
 
-from pipelines import Count, Pipeline, Session, Sliding, Source, View
+from pipelines import Count, Pipeline, Session, Sliding, Source, Tumbling, View
+from pipelines.transforms import open_windows
 from pipelines.transforms.conservation import Conservation, merge
 from pipelines.transforms.lateness import Lateness
 from pipelines.transforms.open_windows import Keep
@@ -55,25 +56,28 @@ class Bucket:
         )
         self.view = OpenView(pipeline.plan(live=True).views[0], Lateness(window, MINUTE))
         self.keep = Keep(self.view, trigger, lambda: 0.0)
-        self.settled, self.recent, self.waiting, self.turn, self.close = Bag(), Bag(), Bag(), Timer(), Timer()
+        self.settled, self.recent, self.waiting = Bag(), Bag(), Bag()
+        self.turn, self.due, self.close = Timer(), Timer(), Timer()
 
-    def send(self, *minutes: float) -> list[tuple[str, float, int]]:
+    def send(self, *minutes: float) -> None:
         times = pa.array(np.array([m * MINUTE for m in minutes], np.int64)).cast(pa.timestamp("us", "UTC"))
         rows = pa.table({"shop": pa.array(["a"] * len(minutes)), "event_time": times})
         if "_since" in self.view.plan.partial_schema.names:
             rows = rows.append_column("_since", pa.nulls(len(rows), pa.int64()))
-        states = self.view.plan.partials(rows)
-        return self.given(
-            self.keep.process((0, states), self.settled, self.recent, self.waiting, self.turn, self.close)
-        )
+        self.keep.process(((0, 0), self.view.plan.partials(rows)), self.waiting, self.turn, self.due)
 
-    def take(self) -> list[tuple[str, float, int]]:
-        return self.given(self.keep.take(self.settled, self.recent, self.waiting, self.close))
+    def in_turn(self) -> list[tuple[str, float, int]]:
+        self.turn.clear()
+        return self.given(self.keep.in_turn(self.settled, self.recent, self.waiting, self.due, self.close))
 
-    def pass_(self) -> list[tuple[str, float, int]]:
+    def on_time(self) -> list[tuple[str, float, int]]:
+        self.due.clear()
+        return self.given(self.keep.on_time(self.settled, self.recent, self.waiting, self.turn, self.close))
+
+    def drop(self) -> list[tuple[str, float, int]]:
         assert self.close.at is not None
         at, self.close.at = self.close.at, None
-        state = self.settled, self.recent, self.waiting, self.turn, self.close
+        state = self.settled, self.recent, self.waiting, self.turn, self.due, self.close
         return self.given(self.keep.drop(at, *state))
 
     def given(self, outputs: Any) -> list[tuple[str, float, int]]:
@@ -96,20 +100,33 @@ class Bucket:
 
 def test_what_comes_waits_for_its_turn_and_changes_what_it_touches() -> None:
     bucket = Bucket(Sliding("10m", every="5m"), 1_000_000)
-    assert bucket.send(1, 2) == []
+    bucket.send(1, 2)
     assert bucket.turn.at == Timestamp(1)
-    assert bucket.take() == [("n", -5, 2), ("n", 0, 2)]
+    assert bucket.due.at == Timestamp(5 * 60)
+    assert bucket.in_turn() == [("n", -5, 2), ("n", 0, 2)]
+    assert bucket.due.at is None
     bucket.send(7)
-    assert bucket.take() == [("n", 0, 3), ("n", 5, 1)]
+    assert bucket.in_turn() == [("n", 0, 3), ("n", 5, 1)]
     counts = Conservation.of(merge(bucket.tallies))
     assert counts.views["v"] == (0, 1, 2)
+
+
+def test_without_a_trigger_it_waits_for_the_end_of_a_window() -> None:
+    bucket = Bucket(Tumbling("5m"), None)
+    bucket.send(1)
+    bucket.send(6)
+    assert bucket.turn.at is None
+    assert bucket.due.at == Timestamp(5 * 60)
+    assert bucket.on_time() == [("n", 0, 1), ("n", 5, 1)]
 
 
 def test_an_end_of_input_takes_what_waits_and_leaves_no_timer_of_a_turn() -> None:
     bucket = Bucket(Sliding("10m", every="5m"), 1_000_000)
     bucket.send(1)
-    assert bucket.pass_() == [("n", -5, 1), ("n", 0, 1)]
-    assert bucket.turn.at is None
+    assert bucket.on_time() == [("n", -5, 1), ("n", 0, 1)]
+    bucket.send(2)
+    assert bucket.drop() == [("n", -5, 2), ("n", 0, 2)]
+    assert (bucket.turn.at, bucket.due.at, bucket.close.at) == (None, None, None)
     assert bucket.held == 0
 
 
@@ -117,20 +134,33 @@ def test_state_is_dropped_when_it_is_closed_and_not_before() -> None:
     bucket = Bucket(Session("1m"), None)
     for minute in range(0, 40, 4):
         bucket.send(minute)
+        bucket.on_time()
     assert bucket.held == 10
     assert bucket.close.at == Timestamp(micros=(0 + 1 + 1 + 1) * MINUTE)  # last row + gap + lateness + gap
-    bucket.pass_()
+    bucket.drop()
     assert bucket.held == 9
     while bucket.close.at is not None:
         before = bucket.held
-        bucket.pass_()
+        bucket.drop()
         assert bucket.held <= before - before // 2
     assert bucket.held == 0
 
 
-@pytest.mark.parametrize("trigger", [None, 1_000_000])
-def test_a_row_between_two_sessions_makes_them_one(trigger: int | None) -> None:
-    bucket = Bucket(Session("2m"), trigger)
-    given = bucket.send(0), bucket.send(3), bucket.take()
-    assert [one for some in given for one in some] == [("n", 0, 1), ("n", 3, 1)]
-    assert bucket.send(1.5) + bucket.take() == [("gone", 3, 0), ("n", 0, 3)]
+def test_a_row_between_two_sessions_makes_them_one() -> None:
+    bucket = Bucket(Session("2m"), 1_000_000)
+    bucket.send(0)
+    bucket.send(3)
+    assert bucket.in_turn() == [("n", 0, 1), ("n", 3, 1)]
+    bucket.send(1.5)
+    assert bucket.in_turn() == [("gone", 3, 0), ("n", 0, 3)]
+
+
+def test_many_states_settle_and_stay_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(open_windows, "FEW", 2)
+    bucket = Bucket(Tumbling("1m"), None)
+    for minute in [*range(20), *range(20)]:
+        bucket.send(minute)
+        answers = bucket.on_time()
+    assert answers == [("n", 19, 2)]
+    assert bucket.held <= 40
+    assert len(bucket.settled) == 1
