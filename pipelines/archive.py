@@ -17,7 +17,6 @@ from pipelines.transforms.messages import Messages
 from pipelines.transforms.protect import Cipher, Key
 from pipelines.transforms.windows import Duration
 
-
 EVERY = 10.0
 """Seconds between two commits to the lake: each makes a file for each event date it has rows of."""
 

@@ -105,7 +105,7 @@ class Report:
             "unmatched": facts["unmatched"],
             "views": facts["views"],
             "boundary": facts["boundary"],
-            **{name: facts[name] for name in ("positions", "lag", "state") if name in facts},  # type: ignore[literal-required]
+            **{name: value for name, value in facts.items() if name in ("positions", "lag", "state")},
             **dataclasses.asdict(self.usage),
         }
         return json.dumps(told, indent=2, ensure_ascii=False)

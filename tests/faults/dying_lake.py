@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from dying import ROOT, SALES, deployment
+from dying import ROOT, SALES, deployment  # type: ignore[import-not-found]  # beside this program
 
 from pipelines.archive import archive
 from pipelines.run import run

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pytest
 
-from pipelines.io import sqlite
+from pipelines.io import sqlite_file
 from pipelines.transforms.buckets import split
 from pipelines.transforms.identity import deduplicate
 
@@ -107,7 +107,7 @@ def full(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
             "pipelines.transforms.spill.tempfile.mkstemp", lambda **_: (os.open("/dev/full", os.O_WRONLY), "full")
         )
     elif what == "store":
-        monkeypatch.setattr(sqlite, "_SETTINGS", (*sqlite._SETTINGS, "max_page_count = 1"))
+        monkeypatch.setattr(sqlite_file, "_SETTINGS", (*sqlite_file._SETTINGS, "max_page_count = 1"))
     else:
         opened = pa.OSFile
         monkeypatch.setattr("pipelines.io.parquet.pa.OSFile", lambda _, mode: opened("/dev/full", mode))
