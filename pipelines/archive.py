@@ -45,8 +45,8 @@ def along(pipeline: Pipeline, deployment: Deployment, every: float = EVERY) -> I
     """Archives, every so many seconds, while a live run goes on; nothing where the deployment has no lake.
 
     In a thread of its own, and as independent of the run as in a process of its own. A run that has an end
-    (``deployment.until``) leaves all that the log holds then in the lake. What fails is told at once, ends the archiving
-    and is raised when the run is over.
+    (``deployment.until``) leaves all that the log holds then in the lake. What fails is told at once, ends the
+    archiving and is raised when the run is over.
     """
     if deployment.lake is None:
         yield
