@@ -50,6 +50,7 @@ class Duration:
     months: int
 
     @staticmethod
+    @functools.cache
     def parse(text: str) -> "Duration":
         match = re.fullmatch(r"([1-9]\d{0,8})(s|m|h|d|w|mo|q|y)", text)
         if not match:
