@@ -57,6 +57,7 @@ class _Worker(SdkHarness):  # type: ignore[misc]
             super().run()
         except grpc.RpcError:  # the engine has hung up, so no bundle is left
             self._responses.put(Sentinel.sentinel)
-            self._data_channel_factory.close()
-            self._state_handler_factory.close()
-            self._bundle_processor_cache.shutdown()
+            with contextlib.suppress(grpc.RpcError), contextlib.ExitStack() as every:  # whatever the others raise
+                every.callback(self._data_channel_factory.close)
+                every.callback(self._state_handler_factory.close)
+                every.callback(self._bundle_processor_cache.shutdown)
