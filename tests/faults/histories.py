@@ -140,7 +140,7 @@ def deployment(folder: Path, name: str, **places: Any) -> Deployment:
 
 def sent(name: str, kills: int) -> dict[str, list[pa.Table]]:
     """What a producer appends, in pieces by partition."""
-    n = 150 * kills
+    n = 300 * kills  # more than processes read that die: the last one reads the rest
     start = datetime(2013, 1, 1, 10, tzinfo=UTC)
     stop = start + timedelta(hours=n / 36) if name == "flights" else None
     every: dict[str, list[pa.Table]] = {partition: [] for partition in PARTITIONS}
