@@ -14,7 +14,7 @@ from pipelines.io.log import Log
 from pipelines.layer import Layer
 from pipelines.transforms.conservation import Conservation, merge, tally
 from pipelines.transforms.identity import deduplicate
-from pipelines.transforms.lateness import EXPIRES, Position
+from pipelines.transforms.lateness import EXPIRES, Position, watermarks
 from pipelines.transforms.view import ViewPlan
 
 READ = 64 << 20
@@ -65,11 +65,21 @@ class Bounded:
 
     def every(self, ends: Mapping[str, int], before: int | None = None) -> dict[str, pa.Table]:
         """Of all rows up to these offsets, late ones too, and windows as the batch layer keeps them. before: only rows
-        of event times (µs) before."""
+        of event times (µs) before.
+
+        Also of rows behind these offsets that are displaced by no more than ``disorder``: none of them may be of a
+        window that ends by the boundary of a batch run that has read up to there.
+        """
         rows = []
         for name, bounds in self.log.bounds().items():
-            messages = self._messages(name, bounds.start, ends.get(name, bounds.start))
-            rows += [self.layer.intake.dated(some).rows for some in messages]
+            end, position = ends.get(name, bounds.start), Position(bounds.start)
+            for start, stop in ((bounds.start, end), (end, bounds.end)):
+                for messages in self._messages(name, start, stop):
+                    dated = self.layer.intake.dated(messages)
+                    watermark, greatest = watermarks(dated.times, dated.known, position, self.layer.disorder)
+                    position = Position(stop, greatest)
+                    in_order = dated.known & (dated.times >= watermark)
+                    rows.append(dated.rows if stop == end else dated.rows.filter(pa.array(in_order)))
         source, plan = self.pipeline.source, self.pipeline.plan()
         every = pa.concat_tables([table for table in rows if len(table)] or rows[:1])
         if source.identities and len(every):

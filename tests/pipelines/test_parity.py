@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines import cli, definition, parity, samples, trial
+from pipelines import cli, definition, parity, samples, scope, trial
 from pipelines.definition import Pipeline, Source, View
 from pipelines.io.lake import Lake
 from pipelines.live import SpeedLayer
@@ -122,6 +122,16 @@ def late_rows_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Lake, "_rows", rows)
 
 
+def spoken_too_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch layer says that it speaks for an hour more than it has read."""
+    real = scope.spoken
+
+    def spoken(*given: Any) -> dict[str, int]:
+        return {name: boundary + 3_600_000_000 for name, boundary in real(*given).items()}
+
+    monkeypatch.setattr(scope, "spoken", spoken)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "view"),
@@ -130,6 +140,7 @@ def late_rows_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
         (forgotten_sessions, "stays"),
         (lost_delivery, "sliding"),
         (late_rows_left_out, "by_minute"),
+        (spoken_too_far, "latest"),
     ],
 )
 def test_a_fault_is_found_and_shown(fault: Any, view: str, monkeypatch: pytest.MonkeyPatch) -> None:
