@@ -58,7 +58,7 @@ def _live(figures: Figures) -> str:
     rows = []
     for run in sorted(figures.live, key=lambda run: (run.job, -_holds(figures, run.job, run.peer), run.peer, run.rate)):
         rates = [f"{run.rate:,}", _seconds(run.p50), _seconds(run.p99), f"{run.backlog:,}", f"{run.surge:,}"]
-        counted = "all" if run.counted == run.sent else f"{run.counted:,} of {run.sent:,}"
+        counted = "all" if run.counted == run.sent else f"{run.counted / run.sent:.0%} in time"
         costs = [f"{run.cpu / run.sent * 1e6:.2f}", _number(run.peak_mib), f"{run.load}"]
         rows.append([JOBS[run.job], run.peer, *rates, _seconds(run.drained), counted, *costs])
     return _table(header, rows)
