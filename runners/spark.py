@@ -26,6 +26,7 @@ _SPARK = (
     "-XX:TieredStopAtLevel=1",  # little of the work is Java's: compiling it well cost 10 CPU-s at the start, 2 a turn
     "-Dspark.ui.enabled=false",
     "-Dbeam.spark.test.reuseSparkContext=true",  # for the next turn
+    "-Dspark.cleaner.periodicGC.interval=1min",  # else what turns have shuffled stays on disk for half an hour
     "-Dorg.slf4j.simpleLogger.log.org.apache.beam.runners.fnexecution=off",  # a page for each worker that ends
     "-Dorg.slf4j.simpleLogger.log.org.apache.beam.sdk.fn=off",
 )
