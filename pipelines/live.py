@@ -74,7 +74,7 @@ class SpeedLayer:
     ) -> None:
         """turns: where they are kept; by default in the deployment's folder of the pipeline."""
         self.deployment, self.engine, self.flags, self.clock = deployment, engine, flags, clock
-        made = layer(pipeline, deployment, 8 if engine.DISTRIBUTED else 1)
+        made = layer(pipeline, deployment, 2 if engine.DISTRIBUTED else 1)
         self.layer = dataclasses.replace(made, turns=turns or made.turns)
         self.fingerprint = fingerprint(self.layer)
         self.last: Turn | None = self.layer.turns.last()
