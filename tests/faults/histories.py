@@ -17,7 +17,7 @@ from pipelines.transforms.disorder import Disorder
 
 NAMES = ("flights", "sales", "calls", "sensors")
 PARTITIONS = ("0", "1", "2")
-PIECE = 25  # rows of a partition that are appended at a time
+PIECE = 15  # rows of a partition that are appended at a time: a turn takes more, so every process reads to the end
 
 
 class Part:
