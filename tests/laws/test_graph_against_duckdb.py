@@ -63,7 +63,7 @@ COLUMNS: dict[str, tuple[Any, st.SearchStrategy[Any]]] = {
     "n": (int | None, st.one_of(st.none(), st.integers(-(10**6), 10**6))),
     "x": (
         float | None,
-        st.one_of(st.none(), st.floats(-1e6, 1e6, allow_nan=False).filter(lambda x: x == 0 or abs(x) > 1e-6)),
+        st.one_of(st.none(), st.floats(-1e6, 1e6, allow_nan=False).map(lambda x: x if abs(x) > 1e-6 else 0.0)),
     ),
     "d": (decimal.Decimal | None, st.one_of(st.none(), st.decimals(-1000, 1000, places=2))),
 }
@@ -162,10 +162,11 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def cases(draw: st.DrawFn, least: int = 0) -> Case:
+    """least: rows."""
     minutes = st.integers(0, 12 * 60).map(lambda m: START + datetime.timedelta(minutes=m))
     record = st.fixed_dictionaries({"t": minutes, **{name: values for name, (_, values) in COLUMNS.items()}})
-    rows = draw(st.lists(record, max_size=40))
+    rows = draw(st.lists(record, min_size=least, max_size=40))
     row = type(
         "Row", (), {"__annotations__": {"t": datetime.datetime, **{name: kind for name, (kind, _) in COLUMNS.items()}}}
     )

@@ -56,20 +56,20 @@ class Judged(NamedTuple):
 
 @st.composite
 def streams(draw: st.DrawFn) -> Stream:
-    case, other = draw(cases().filter(lambda case: len(case.rows))), draw(st.one_of(st.none(), cases()))
+    case, other = draw(cases(least=10)), draw(st.none() | cases())
     kinds = {"id": int, **case.pipeline.source.row.__annotations__}
     source = dataclasses.replace(
         case.pipeline.source,
         row=type("Row", (), {"__annotations__": kinds}),
-        identity=draw(st.sampled_from([None, "id"])),
+        identity=draw(st.sampled_from(["id", "id", None])),
         disorder=draw(st.sampled_from(["0s", "10m", "1h"])),
-        lateness=draw(st.sampled_from(["0s", "20m", "3h"])),
+        lateness=draw(st.sampled_from(["0s", "0s", "20m", "3h"])),
     )
     rows = case.rows.add_column(0, "id", pa.array(range(len(case.rows)), pa.int64()))
     disorder = Disorder(
-        shuffle=draw(st.sampled_from(["0s", "30m", "5h"])),
-        late=draw(st.sampled_from([0.0, 0.2])),
-        duplicate=draw(st.sampled_from([0.0, 0.3])),
+        shuffle=draw(st.sampled_from(["5h", "10h", "30m", "0s"])),
+        late=draw(st.sampled_from([0.4, 0.2, 0.0])),
+        duplicate=draw(st.sampled_from([0.5, 0.2, 0.0])),
         corrupt=draw(st.sampled_from([0.0, 0.1])),
         seed=draw(st.integers(0, 2**32)),
     )
