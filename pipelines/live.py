@@ -16,20 +16,18 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pipelines.commit_turn import NOTHING, Next, Span, commit
-from pipelines.definition import Dimension, Pipeline
-from pipelines.io import files
+from pipelines.definition import Pipeline
+from pipelines.dimensions import Clock, Dimensions, whole
 from pipelines.io.log import Bounds, Log, open_log, refuse_gone
 from pipelines.io.store import LIVE, Store, StoreConflict, open_store
 from pipelines.io.turns import Turn, Turns
-from pipelines.layer import Layer, fingerprint, layer
+from pipelines.layer import fingerprint, layer
 from pipelines.options import Deployment, masked
 from pipelines.runners import Engine
 from pipelines.runners.microbatch import stopped_by_signals, turns
 from pipelines.transforms.conservation import TALLY, Conservation
-from pipelines.transforms.decoder import Decoder
 from pipelines.transforms.errors import UserError
 from pipelines.transforms.lateness import IDLE_AFTER, NEVER, Position
-from pipelines.transforms.lookup import unique
 from pipelines.transforms.view import ViewPlan
 
 if TYPE_CHECKING:
@@ -50,10 +48,6 @@ class Status:
     lag: int
     state: int
     counts: Conservation
-
-
-Clock = Callable[[], float]
-"""Seconds, for how long partitions are idle and dimensions old."""
 
 
 class SpeedLayer:
@@ -80,7 +74,7 @@ class SpeedLayer:
         self.last: Turn | None = self.layer.turns.last()
         self._log: Log = open_log(self.layer.log)
         self._store: Store | None = open_store(deployment.store) if deployment.store else None
-        self._dimensions = _Dimensions(pipeline, deployment, self.layer, clock)
+        self._dimensions = Dimensions(pipeline, deployment, self.layer, clock)
         self._active: dict[str, float] = {}
         if self.last is None or deployment.rebuild:
             self.last = self._begin_anew()
@@ -310,55 +304,11 @@ def _iso(micros: int | None) -> str | None:
     return (datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC) + datetime.timedelta(microseconds=micros)).isoformat()
 
 
-class _Dimensions:
-    """The pipeline's dimensions as state files, read again when they are older than ``--refresh``."""
-
-    def __init__(self, pipeline: Pipeline, deployment: Deployment, layer: Layer, clock: Clock) -> None:
-        self.pipeline, self.deployment, self.layer, self.clock = pipeline, deployment, layer, clock
-        self._names: dict[str, str] = {}
-        self._read: float | None = None
-
-    def now(self) -> dict[str, str]:
-        """Name to state file: the same name for the same rows."""
-        at = self.clock()
-        if self._read is None or at - self._read >= self.deployment.refresh / 1_000_000:
-            self._names = {d.name: self._written(d) for d in self.pipeline.dimensions}
-            self._read = at
-        return self._names
-
-    def _written(self, of: Dimension) -> str:
-        rows = dimension(of, self.deployment.dimensions[of.name])
-        said = hashlib.blake2b(digest_size=8)
-        for batch in rows.combine_chunks().to_batches():
-            said.update(batch.serialize())
-        name = f"dimension-{of.name}-{said.hexdigest()}"
-        if name != self._names.get(of.name):
-            self.layer.keep(name, rows)
-        return name
-
-
-def dimension(of: Dimension, uri: str) -> pa.Table:
-    """The whole of a dimension, its keys checked. Raises UserError for a row that cannot be read."""
-    decoder = Decoder(of.schema, of.name)
-    parts = [of.schema.arrow.empty_table()]
-    for part in files.plan(uri, of.schema, invalid="stop").splits:
-        for table in files.read(part):
-            decoded = decoder.decode(table)
-            if decoded.dead is not None:
-                first = decoded.dead.slice(0, 1).to_pylist()[0]
-                raise UserError(
-                    f"dimension {of.name}: {first['source']} at {first['offset']}: {first['detail']}; "
-                    "look-ups need every row, so mend or remove it"
-                )
-            parts.append(decoded.rows.select(of.schema.arrow.names))
-    return unique(of.name, of.key, of.valid_from, pa.concat_tables(parts), of.schema.personal)
-
-
 def ready(pipeline: Pipeline, deployment: Deployment) -> None:
     """Looks at the log, the dimensions, the kept state and the dead letters. Raises UserError; writes nothing."""
     made = layer(pipeline, deployment, 1)
     for of in pipeline.dimensions:
-        dimension(of, deployment.dimensions[of.name])
+        whole(of, deployment.dimensions[of.name])
     made.turns.last()
 
 

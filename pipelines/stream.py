@@ -27,13 +27,14 @@ from apache_beam.transforms.window import GlobalWindows
 
 from pipelines import drift, report
 from pipelines.definition import Dimension, Pipeline
+from pipelines.dimensions import whole
 from pipelines.io.follow import Follow, Until
 from pipelines.io.log import open_log
 from pipelines.io.store import LIVE, open_store
 from pipelines.io.table import Table
 from pipelines.io.upsert import Deliver, epoch
 from pipelines.layer import Layer, layer
-from pipelines.live import _some, dimension
+from pipelines.live import _some
 from pipelines.options import Deployment
 from pipelines.runners import Engine
 from pipelines.transforms import tables
@@ -65,7 +66,7 @@ class Dimensions:
         for name in names:
             of, uri = self.given[name]
             if (of, uri) not in _held or self.clock() - _held[of, uri][0] >= self.refresh / 1_000_000:
-                _held[of, uri] = self.clock(), dimension(of, uri)
+                _held[of, uri] = self.clock(), whole(of, uri)
             found[name] = _held[of, uri][1]
         return found
 
