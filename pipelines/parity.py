@@ -21,6 +21,7 @@ import pyarrow as pa
 from pipelines import live, samples
 from pipelines.bounded import Bounded
 from pipelines.definition import Pipeline
+from pipelines.dimensions import whole
 from pipelines.io.log import Format, open_log
 from pipelines.io.store import open_store
 from pipelines.layer import layer
@@ -187,7 +188,7 @@ def prepared(
                 sent.append(piece)
         if not any(bounds.end for bounds in sent.bounds().values()):
             raise UserError(f"{pipeline.name}: its history has no rows to try it on; name another with --history=URI")
-        tables = {of.name: live.dimension(of, deployment.dimensions[of.name]) for of in pipeline.dimensions}
+        tables = {of.name: whole(of, deployment.dimensions[of.name]) for of in pipeline.dimensions}
         trial = Trial(
             pipeline,
             deployment,
