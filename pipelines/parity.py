@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines import live, samples
+from pipelines import samples
 from pipelines.bounded import Bounded
 from pipelines.definition import Pipeline
 from pipelines.dimensions import whole
