@@ -45,7 +45,7 @@ def serving(engine: str, command: Sequence[str | Path], started: re.Pattern[str]
     Raises UserError, with the last of what it said, where it does not start.
     """
     folder(engine).mkdir(parents=True, exist_ok=True)
-    bound = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+    bound = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
     descriptor, name = tempfile.mkstemp(".log", "job-server-", folder(engine))
     log = Path(name)
     with os.fdopen(descriptor, "wb") as file:
@@ -58,7 +58,7 @@ def serving(engine: str, command: Sequence[str | Path], started: re.Pattern[str]
     finally:
         if process.poll() is None:
             _stop(process)
-            log.unlink()
+            log.unlink(missing_ok=True)
 
 
 def _port(process: subprocess.Popen[bytes], log: Path, started: re.Pattern[str]) -> str:
