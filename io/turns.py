@@ -111,8 +111,9 @@ class Turns:
 
     def intend(self, text: str) -> None:
         """Notes what the next turn is about, for the workers that take it, which have copies of this. It is no part of
-        any turn.
+        any turn. What is there now is what a ``sweep`` may remove once one of them has committed.
         """
+        self._before = frozenset(self._folder.names())
         self._folder.write(_INTENT, pa.py_buffer(f"{self._taker}\n{text}".encode()))
 
     def intended(self) -> str:

@@ -211,6 +211,20 @@ def begun_anew(live: Live, **others: Any) -> None:
     live.turn()
 
 
+def test_however_many_turns_a_run_takes_it_keeps_the_files_of_two(tmp_path: Path) -> None:
+    live = fed(tmp_path)
+    for n in range(2, 6):
+        send(live, n * 10)
+        live.turn()
+    turns = live.speed.layer.turns
+    last = turns.last()
+    assert last is not None
+    named = {f"{name}.arrow" for turn in (last, turns.turn(last.number - 1)) for name in turn.files}
+    there = {path.name for path in Path(turns.uri).iterdir()}
+    assert {name for name in there if name.endswith(".arrow")} == named
+    assert len([name for name in there if name.startswith("turn-")]) == 2
+
+
 def test_rebuild_reads_the_log_again_and_leaves_nothing_of_before(tmp_path: Path) -> None:
     live = fed(tmp_path)
     right = live.check().answers
