@@ -104,6 +104,7 @@ OPERATIONS = st.lists(
 @pytest.mark.parametrize("name", TABLES)
 @hypothesis.given(operations=OPERATIONS)
 @hypothesis.settings(max_examples=12, deadline=None)
+@pytest.mark.slow
 def test_any_commits_leave_what_a_list_would_hold(name: str, operations: list[Any]) -> None:
     expected: list[tuple[int | None, int]] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -58,6 +58,7 @@ def again(store: SqliteStore, views: tuple[str, ...]) -> None:
     store.flip({view: Pointer(generation, 1) for view, generation in generations.items()})
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_the_old_answer_and_its_rerun_no_trace_of_it(tmp_path: Path) -> None:
     count = 30
     out, _ = writers("killed", tmp_path, 17, count).communicate()
@@ -83,6 +84,7 @@ def test_a_killed_run_leaves_the_old_answer_and_its_rerun_no_trace_of_it(tmp_pat
             assert store._file.connection().execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
+@pytest.mark.slow
 def test_writers_of_several_processes_take_turns_and_readers_see_whole_versions(tmp_path: Path) -> None:
     count, turns = 3, 10
     path = tmp_path / "new" / "store.db"

@@ -86,6 +86,7 @@ def test_a_producer_killed_from_outside_while_it_writes_leaves_whole_appends(tmp
             answered = there
 
 
+@pytest.mark.slow
 def test_producers_of_several_processes_take_turns_and_readers_see_growing_prefixes(tmp_path: Path) -> None:
     count, each = 3, 8
     path = tmp_path / "new" / "log.db"
