@@ -215,6 +215,11 @@ class Turns:
     def _anew(self) -> str:
         return f"remove {self.uri} to start anew from the log"
 
+    def refuse_overtaken(self, number: int) -> None:
+        """Raises Overtaken where a turn of another process follows the one of this number."""
+        if _numbers(self._folder.names())[-1:] > [number]:
+            raise self._overtaken(number + 1)
+
     def _overtaken(self, number: int) -> Overtaken:
         return Overtaken(
             f"{self.uri}: another process has committed turn {number}; let only one run this pipeline, and start again"

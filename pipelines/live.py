@@ -178,7 +178,15 @@ class SpeedLayer:
         outbox = {} if self.last is None else self.last.facts["outbox"]
         for key, pieces in outbox.items():
             kind, _, view = key.partition("/")[0].partition(":")
-            yield from ((kind, view, self.layer.turns.read(piece["name"])) for piece in pieces)
+            yield from ((kind, view, self._kept(piece["name"])) for piece in pieces)
+
+    def _kept(self, name: str) -> pa.Table:
+        try:
+            return self.layer.turns.read(name)
+        except UserError:
+            assert self.last is not None
+            self.layer.turns.refuse_overtaken(self.last.number)  # whoever went on from this turn has swept its files
+            raise
 
     def _deliver(self, kind: str, view: str, rows: pa.Table) -> None:
         assert self.last is not None
