@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
-from pipelines import arguments, beside, examples, options
+from pipelines import arguments, beside, examples, options, runners
 from pipelines.arguments import CONTEXT, JSON, PIPELINE, SET, WAREHOUSE, Instant, Length, Pair, Until, option
 from pipelines.transforms.errors import DataRefused, UserError
 
@@ -71,10 +71,11 @@ def run(
 ) -> None:
     """Run a pipeline. Options that are not listed go to Apache Beam, which must know them."""
     flags = arguments.passed(context)
-    from pipelines import definition
-    from pipelines import run as runs
+    with runners.uncollected():
+        from pipelines import definition
+        from pipelines import run as runs
 
-    declared = definition.load(pipeline, **dict(parameters))
+        declared = definition.load(pipeline, **dict(parameters))
     deployment = arguments.deployment(pipeline, declared, places)
     arguments.quiet()
     if dry_run:

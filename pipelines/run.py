@@ -40,7 +40,10 @@ def run(pipeline: "Pipeline", deployment: Deployment, flags: Sequence[str] = ())
     _prepare(deployment)
     from pipelines import report
 
-    facts = (_batch if deployment.mode == "batch" else _live)(pipeline, deployment, engine, flags)
+    try:
+        facts = (_batch if deployment.mode == "batch" else _live)(pipeline, deployment, engine, flags)
+    finally:
+        gc.unfreeze()
     done = report.Report(pipeline, deployment, facts, report.Usage.since(start))
     _write(deployment.report, done.json() + "\n")
     return done
@@ -65,15 +68,16 @@ def _live(pipeline: "Pipeline", deployment: Deployment, engine: runners.Engine, 
 def _batch(
     pipeline: "Pipeline", deployment: Deployment, engine: runners.Engine, flags: Sequence[str]
 ) -> "report.Facts":
-    with _uncollected():
+    with runners.uncollected():
         from pipelines import graph, report
         from pipelines.transforms.spill import spill_folder
 
         prepared = graph.prepare(pipeline, deployment)
 
     def build(root: "beam.Pipeline") -> None:
-        with _uncollected():
+        with runners.uncollected():
             graph.build(root, prepared, spill=spill)
+        gc.freeze()  # all of that stays to the end: looking for garbage in it again and again costs another 0.2 CPU-s
 
     disk = contextlib.nullcontext() if engine.DISTRIBUTED else spill_folder()
     with disk as spill, progress.shown(report.title(pipeline, deployment)), _told():
@@ -90,18 +94,6 @@ def _told() -> Iterator[None]:
         if (found := mistake(error)) is None:
             raise
         raise found from error
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without garbage collection: what imports and graphs are made of stays, and looking for more costs 0.2 CPU-s."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def dry_run(pipeline: "Pipeline", deployment: Deployment) -> None:
