@@ -5,10 +5,10 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install run live test check bench constraints clean types
+.PHONY: help install run live test test-engines check bench constraints clean types
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 install: .venv/.installed  ## make .venv and install the project with its tools, at the versions of constraints.txt
 
@@ -25,6 +25,10 @@ live: install  ## watch the flights arrive: a replayer sends them sped up, a spe
 
 test: install  ## run the tests  (ARGS="tests/io -k delta" for some of them)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-engines: install  ## run the tests on real engines: Flink, Spark, Prism and Dataflow's staging; needs Java, Maven, Go
+	@$(BIN)/uv pip install -q --python $(BIN)/python --compile-bytecode -c constraints.txt -e '.[dev,spark]'
+	$(BIN)/python -m pytest -m engine tests/engines $(ARGS)
 
 check: install types  ## ruff, mypy strict, and the import rules
 	$(BIN)/ruff check .

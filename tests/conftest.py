@@ -1,4 +1,4 @@
-"""The budget of the unit tests: all that are not marked slow take at most 60 seconds together, or the run fails.
+"""The budget of the unit tests: all not marked slow or engine take at most 60 seconds together, or the run fails.
 
 Counted in CPU seconds of this process and its children, so that a busy machine fails nobody.
 """
@@ -23,7 +23,11 @@ def _cpu_seconds() -> float:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Unit tests first: they tell sooner, and whole runs, which give DuckDB every core, leave their budget alone."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    items.sort(key=lambda item: not _unit(item))
+
+
+def _unit(item: pytest.Item) -> bool:
+    return not any(item.get_closest_marker(marker) for marker in ("slow", "engine"))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -32,7 +36,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     try:
         return (yield)
     finally:
-        if item.get_closest_marker("slow") is None:
+        if _unit(item):
             item.config.stash[_SPENT] = item.config.stash.get(_SPENT, 0.0) + _cpu_seconds() - before
 
 
