@@ -79,7 +79,7 @@ _held: dict[tuple[Dimension, str], tuple[float, pa.Table]] = {}
 class Stream:
     """How a speed layer is streamed. facts: where what was counted is written, as JSON. epoch: of the job. trigger: µs
     between early answers; None: there are none. until: when it ends. dealt: rows go through a Reshuffle behind the
-    source."""
+    source. clock: seconds, by which a partition is idle."""
 
     layer: Layer
     dimensions: Dimensions
@@ -89,12 +89,13 @@ class Stream:
     trigger: int | None = None
     until: Until = None
     dealt: bool = False
+    clock: Callable[[], float] = time.time
 
 
 def build(root: beam.Pipeline, stream: Stream) -> None:
     """Puts the graph on an empty Beam pipeline."""
     layer = stream.layer
-    followed = root | "follow" >> Follow(layer.log, layer.intake, stream.until)
+    followed = root | "follow" >> Follow(layer.log, layer.intake, stream.until, stream.clock)
     rows, dead, tallies = followed.rows, [followed.dead], [followed.tallies]
     if stream.dealt:
         rows = rows | beam.Reshuffle()
@@ -257,7 +258,8 @@ def run(
 ) -> dict[str, Any]:
     """Streams until ``deployment.until``, or until it is stopped; answers the facts of a report.
 
-    clock: seconds, of which the job's epoch is made. Raises DataRefused if in the end the conservation law is broken.
+    clock: seconds, of which the job's epoch is made, and by which a partition is idle. Raises DataRefused if in the end
+    the conservation law is broken.
     """
     at = deployment.until
     until: Until = int(at.timestamp() * 1_000_000) if isinstance(at, datetime.datetime) else at
@@ -271,6 +273,7 @@ def run(
         deployment.trigger or None,
         until,
         engine.DEALT,
+        clock,
     )
     for view in stream.layer.views if deployment.store else ():
         with open_store(deployment.store or "") as store:
