@@ -22,13 +22,12 @@ EXTRAS = {
     "gcp": ["apache-beam[gcp]>=2.77,<2.78", "gcsfs>=2025.1"],
     "spark": ["pyspark>=3.5,<3.6"],  # Beam's Spark runner is built for 3.5
 }
-EXTRAS["bench"] = ["matplotlib>=3.9", "polars>=1.30,<3", "psutil>=6", *EXTRAS["spark"]]
+EXTRAS["bench"] = ["matplotlib>=3.9", "polars>=1.30,<3", *EXTRAS["spark"]]
 EXTRAS["dev"] = [
     "hypothesis>=6.100",
     "import-linter>=2.1",
     "mypy>=1.15",
     "pre-commit>=4",
-    "psutil>=6",
     "pytest>=8.4",
     "pytest-timeout>=2.3",
     "ruff>=0.11",
@@ -58,6 +57,7 @@ setup(
         "fastavro>=1.10,<2",
         "fsspec>=2025.1",
         "numpy>=2",
+        "psutil>=6",
         "pyarrow>=20",
         "rich>=13",
         "tzdata",  # time zones on machines that have none

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
-from pipelines import arguments, beside, examples, options, runners
+from pipelines import arguments, beside, cluster, examples, options, runners
 from pipelines.arguments import CONTEXT, JSON, PIPELINE, SET, WAREHOUSE, Instant, Length, Pair, Until, option
 from pipelines.transforms.errors import DataRefused, UserError
 
@@ -282,6 +282,9 @@ def query(sql: str, warehouse: str, as_json: bool) -> None:
 
     answer = tables.ask(sql, options.expand(warehouse))
     click.echo(tables.as_json(answer) if as_json else tables.as_text(answer))
+
+
+cli.add_command(cluster.cluster)
 
 
 def _held(done: Any) -> str:

@@ -48,5 +48,5 @@ def server(options: PipelineOptions) -> java.JobServer:
     """Flink's job server."""
     given = options.view_as(FlinkRunnerOptions).flink_job_server_jar
     return java.JobServer(
-        "Flink", "org.apache.beam.runners.flink.FlinkJobServerDriver", given, FlinkJarJobServer(options)
+        "Flink", "org.apache.beam.runners.flink.FlinkJobServerDriver", given, lambda: FlinkJarJobServer(options)
     )

@@ -2,6 +2,7 @@
 
 The job server of this Beam version is downloaded, as Beam does; where that cannot be had, Maven composes one out of
 libraries (``<engine>.pom.xml``), of an older release that knows all that our graphs use, with the whole engine in it.
+Beam is not imported for what is composed.
 """
 
 import contextlib
@@ -10,19 +11,20 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from apache_beam.runners.portability.job_server import JavaJarJobServer
-
-from pipelines.runners import jobs
+from pipelines.runners import clusters
 from pipelines.transforms.errors import UserError
 
-_STARTED = re.compile(r"JobService started on \S+:(\d+)")
+if TYPE_CHECKING:
+    from apache_beam.runners.portability.job_server import JavaJarJobServer
+
+STARTED = re.compile(r"JobService started on \S+:(\d+)")
 _OPENED = ("java.util", "java.util.concurrent", "java.lang", "java.lang.invoke", "java.net", "java.time", "java.nio")
-_JAVA = [
+JAVA = [
     *(
         f"--add-opens=java.base/{package}=ALL-UNNAMED" for package in (*_OPENED, "sun.nio.ch")
     ),  # the engines look into them
@@ -35,45 +37,78 @@ _PORTS = ("--job-host=127.0.0.1", "--job-port=0", "--artifact-port=0", "--expans
 @dataclass(frozen=True)
 class JobServer:
     """What there is to know of an engine's job server. engine: as in ``Flink``. main: its class, where it is composed.
-    given: the jar that the user has named; official: Beam's own way to one."""
+    given: the jar that the user has named; official: makes Beam's own way to one."""
 
     engine: str
     main: str
     given: str | None
-    official: JavaJarJobServer
+    official: Callable[[], "JavaJarJobServer"]
 
     @contextlib.contextmanager
     def serving(self, arguments: Sequence[str], properties: Sequence[str] = ()) -> Iterator[str]:
         """The server, while the block lasts; yields its endpoint. properties: of Java, as in ``-Dname=value``."""
-        if shutil.which("java") is None:
-            raise UserError(f"--runner={self.engine}Runner: no java on the PATH; install a Java 17 runtime")
-        command: list[str | Path] = ["java", *_JAVA, *properties, "-jar", self.jar(), *arguments, *_PORTS]
-        with jobs.serving(self.engine.lower(), command, _STARTED) as endpoint:
+        from pipelines.runners import jobs
+
+        command: list[str | Path] = [self.java(), *JAVA, *properties, "-jar", self.jar(), *arguments, *_PORTS]
+        with jobs.serving(self.engine.lower(), command, STARTED) as endpoint:
             yield endpoint
+
+    def java(self) -> str:
+        """The program to start."""
+        if (found := shutil.which("java")) is None:
+            raise UserError(f"--runner={self.engine}Runner: no java on the PATH; install a Java 17 runtime")
+        return found
 
     def jar(self) -> Path:
         """The jar to start: the given one, else what was composed here, else Beam's own, else composed now.
 
         Raises UserError where none can be had.
         """
-        composed = jobs.folder(self.engine.lower()) / "job-server.jar"
-        if self.given or not composed.exists():
+        if self.given or not self._composed.exists():
             try:
-                return Path(self.official.local_jar(self.official.path_to_jar()))
+                official = self.official()
+                return Path(official.local_jar(official.path_to_jar()))
             except Exception as error:
                 if self.given:
                     raise UserError(f"--{self.engine.lower()}_job_server_jar={self.given}: {error}") from None
-            self._compose(composed)
-        return composed
+        self._composed.parent.mkdir(parents=True, exist_ok=True)
+        with clusters.locked(self._composed.with_name("compose.lock")):
+            if not self._stamp.exists() or self._stamp.read_bytes() != self._pom.read_bytes():
+                self._compose()
+        return self._composed
 
-    def _compose(self, place: Path) -> None:
+    def told(self, jar: Path) -> str:
+        """Which one it is, for people."""
+        if jar == self._composed:
+            return f"the job server composed by Maven, {jar}"
+        return f"the job server given, {jar}" if self.given else f"Beam's own job server, {jar}"
+
+    def classpath(self, jar: Path) -> str:
+        """The classes of a job server's jar, and so of the engine in it."""
+        return f"{self._composed.parent}/lib/*" if jar == self._composed else str(jar)
+
+    @property
+    def _composed(self) -> Path:
+        return clusters.folder(self.engine.lower()) / "job-server.jar"
+
+    @property
+    def _pom(self) -> Path:
+        return Path(__file__).with_name(f"{self.engine.lower()}.pom.xml")
+
+    @property
+    def _stamp(self) -> Path:
+        """Of what the jar was composed."""
+        return self._composed.with_name("job-server.pom.xml")
+
+    def _compose(self) -> None:
         """Writes a jar of nothing but a manifest, beside the libraries that it names."""
-        print(f"no job server for this Beam to download; composing one by Maven into {place.parent}", file=sys.stderr)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        pom, libraries = Path(__file__).with_name(f"{self.engine.lower()}.pom.xml"), place.parent / "lib"
+        place = self._composed.parent
+        print(f"no job server for this Beam to download; composing one by Maven into {place}", file=sys.stderr)
+        libraries = place / "lib.new"
+        shutil.rmtree(libraries, ignore_errors=True)
         copy = ["dependency:copy-dependencies", f"-DoutputDirectory={libraries}"]
         try:
-            subprocess.run(["mvn", "-q", "-B", "-f", pom, *copy], check=True, capture_output=True, text=True)
+            subprocess.run(["mvn", "-q", "-B", "-f", self._pom, *copy], check=True, capture_output=True, text=True)
         except FileNotFoundError:
             raise UserError(
                 f"--runner={self.engine}Runner: no mvn on the PATH; install Maven, "
@@ -82,11 +117,14 @@ class JobServer:
         except subprocess.CalledProcessError as error:
             said = next((line for line in cast(str, error.stdout).splitlines() if "ERROR" in line), "it fails")
             raise UserError(f"--runner={self.engine}Runner: Maven cannot compose a job server: {said}") from None
-        names = " ".join(f"lib/{path.name}" for path in sorted(libraries.glob("*.jar")))
-        made = place.with_suffix(".new")
+        shutil.rmtree(place / "lib", ignore_errors=True)
+        libraries.rename(place / "lib")
+        names = " ".join(f"lib/{path.name}" for path in sorted((place / "lib").glob("*.jar")))
+        made = self._composed.with_suffix(".new")
         with zipfile.ZipFile(made, "w") as archive:
             archive.writestr("META-INF/MANIFEST.MF", _manifest({"Main-Class": self.main, "Class-Path": names}))
-        made.rename(place)
+        made.rename(self._composed)
+        shutil.copyfile(self._pom, self._stamp)
 
 
 def _manifest(entries: dict[str, str]) -> str:

@@ -27,15 +27,11 @@ from apache_beam.runners.portability.portable_runner import JobServiceHandle, Pi
 from apache_beam.runners.worker import data_plane, sdk_worker
 
 from pipelines.runners import workers
+from pipelines.runners.clusters import folder
 from pipelines.transforms.errors import UserError
 
 START = 120.0
 """Seconds that a server may take to start."""
-
-
-def folder(engine: str) -> Path:
-    """Where an engine's programs and logs are."""
-    return Path(os.environ.get("PIPELINES_CLUSTERS", ".clusters"), engine).absolute()
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions, PrismRunnerOptions
 
 from pipelines.runners import jobs
+from pipelines.runners.clusters import folder
 from pipelines.transforms.errors import UserError
 
 DISTRIBUTED = True
@@ -52,7 +53,7 @@ def serving(options: PipelineOptions | None = None) -> Iterator[str]:
 def binary(options: PipelineOptions) -> Path:
     """The Prism to start. Raises UserError where there is none and none can be made."""
     given = options.view_as(PrismRunnerOptions).prism_location
-    made = jobs.folder("prism") / "prism"
+    made = folder("prism") / "prism"
     if found := given or shutil.which("prism") or (made.exists() and made):
         if not Path(found).exists():
             raise UserError(f"--prism_location={given}: no such file")

@@ -64,4 +64,4 @@ def server(options: PipelineOptions) -> java.JobServer:
     """Spark's job server."""
     given = options.view_as(SparkRunnerOptions).spark_job_server_jar
     main = "org.apache.beam.runners.spark.SparkJobServerDriver"
-    return java.JobServer("Spark", main, given, SparkJarJobServer(options))
+    return java.JobServer("Spark", main, given, lambda: SparkJarJobServer(options))
