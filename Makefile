@@ -5,7 +5,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install run live test test-engines check bench constraints clean types
+.PHONY: help install run live test test-engines check bench matrix constraints clean types
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -40,6 +40,10 @@ bench: install  ## measure against DuckDB, Polars, PySpark and per-row Beam; wri
 	$(BIN)/uv pip install -q --python $(BIN)/python --compile-bytecode -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks $(ARGS)
 	$(BIN)/python -m benchmarks.live $(ARGS)
+
+matrix: install  ## every mode on every engine that is up (pipelines cluster up flink|spark|prism); writes docs/engines.md
+	$(BIN)/uv pip install -q --python $(BIN)/python --compile-bytecode -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.matrix $(ARGS)
 
 constraints: install  ## pin the newest versions that setup.py allows, of everything, into constraints.txt
 	$(BIN)/uv pip compile -q --upgrade --universal --python-version 3.11 --all-extras --no-annotate --no-header setup.py -o constraints.txt

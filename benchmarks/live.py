@@ -70,7 +70,7 @@ class Follower:
     ready: int = 8
 
 
-def _ours(place: Place, mode: str, *flags: str) -> list[str]:
+def ours(place: Place, mode: str, *flags: str) -> list[str]:
     options = {
         "pipeline": f"benchmarks/definitions.py:{place.job}",
         "mode": mode,
@@ -89,12 +89,17 @@ def _peer(program: str, environment: str | None = None) -> Callable[[Place], lis
     return lambda place: [python, str(HERE / program), str(place.log), str(place.store), str(place.rows)]
 
 
-_FLINK = {  # early answers are asked of the second only
-    "live": ("--runner=FlinkRunner", "--trigger=0s"),
-    "live_identity": ("--runner=FlinkRunner", "--trigger=1s"),
-}
-MICRO = Follower("ours, micro-batch", lambda place: _ours(place, "micro-batch", "--trigger=1s"))
-FLINK = Follower("ours, Flink", lambda place: _ours(place, "stream", *_FLINK[place.job]), ready=60)
+_TRIGGER = {"live": "0s", "live_identity": "1s"}
+"""Early answers of an unbounded graph are asked of the second only."""
+
+
+def _unbounded(runner: str) -> Callable[[Place], list[str]]:
+    return lambda place: ours(place, "stream", f"--runner={runner}", f"--trigger={_TRIGGER[place.job]}")
+
+
+MICRO = Follower("ours, micro-batch", lambda place: ours(place, "micro-batch", "--trigger=1s"))
+FLINK = Follower("ours, Flink", _unbounded("FlinkRunner"), ready=60)
+PRISM = Follower("ours, Prism", _unbounded("PrismRunner"), ready=20)
 BYTEWAX = Follower("Bytewax", _peer("live_bytewax.py", "bytewax"), partitions=1)
 BEAM = Follower("Beam, per row, micro-batch", _peer("live_beam_rows.py"))
 
@@ -226,7 +231,7 @@ def _chosen(
     if rate is not None:
         job = only[0] if only else "live"
         found = next(case for case in FULL if case.job == job)
-        followers = [one for one in (MICRO, FLINK, BYTEWAX, BEAM) if one.name in (names or (MICRO.name,))]
+        followers = [one for one in (MICRO, FLINK, PRISM, BYTEWAX, BEAM) if one.name in (names or (MICRO.name,))]
         yield from ((dataclasses.replace(found, rate=rate), follower) for follower in followers)
         return
     for case in cases:

@@ -19,21 +19,26 @@ Bar = tuple[str, float, float | None, bool]
 
 
 def write(figures: Figures) -> None:
-    """Replaces what stands between ``<!-- name -->`` and ``<!-- end -->`` in the page; draws the chart."""
-    text = PAGE.read_text(encoding="utf-8")
-    for name, table in tables(figures).items():
+    """The tables into the page, and the chart beside it."""
+    replace(PAGE, tables(figures))
+    chart.draw(figures, DOCS / "benchmarks.svg")
+
+
+def replace(page: Path, parts: dict[str, str]) -> None:
+    """Replaces what stands between ``<!-- name -->`` and ``<!-- end -->`` in a page, for every name."""
+    text = page.read_text(encoding="utf-8")
+    for name, part in parts.items():
         before, start, rest = text.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
-        text = f"{before}{start}{table}\n{end}{after}"
-    PAGE.write_text(text, encoding="utf-8")
-    chart.draw(figures, DOCS / "benchmarks.svg")
+        text = f"{before}{start}{part}\n{end}{after}"
+    page.write_text(text, encoding="utf-8")
 
 
 def summary(figures: Figures) -> str:
     """All that was measured, for a terminal."""
     cases = dict.fromkeys((run.job, run.dataset, run.peer) for run in figures.runs)
     rows = [[job, dataset, peer, *_costs(figures, job, dataset, peer)] for job, dataset, peer in cases]
-    return _table(["job", "rows", "program", "CPU-s", "wall s", "peak MiB", "× DuckDB"], rows)
+    return table(["job", "rows", "program", "CPU-s", "wall s", "peak MiB", "× DuckDB"], rows)
 
 
 def tables(figures: Figures) -> dict[str, str]:
@@ -61,7 +66,7 @@ def _live(figures: Figures) -> str:
         counted = "all" if run.counted == run.sent else f"{run.counted / run.sent:.0%} in time"
         costs = [f"{run.cpu / run.sent * 1e6:.2f}", _number(run.peak_mib), f"{run.load}"]
         rows.append([JOBS[run.job], run.peer, *rates, _seconds(run.drained), counted, *costs])
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _live_bars(figures: Figures) -> str:
@@ -106,7 +111,7 @@ def _job(figures: Figures, job: str) -> str:
         [peer, f"{speed:,.0f}", *_costs(figures, job, "3M", peer), *_costs(figures, job, "30M", peer)]
         for peer, speed in sorted(speeds.items(), key=lambda item: -item[1])
     ]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _costs(figures: Figures, job: str, dataset: str, peer: str) -> list[str]:
@@ -127,7 +132,7 @@ def _sizes(figures: Figures) -> str:
             micros = figures.median(job, dataset, OURS, "cpu")
             assert micros is not None
             rows.append([job, dataset, cpu, f"{micros * 1e6 / runs[0].rows:.2f}", wall, peak, ratio])
-    return _table(["job", "rows", "CPU-s", "CPU-µs per row", "wall s", "peak MiB", "× DuckDB"], rows)
+    return table(["job", "rows", "CPU-s", "CPU-µs per row", "wall s", "peak MiB", "× DuckDB"], rows)
 
 
 def _profile(figures: Figures) -> str:
@@ -137,7 +142,7 @@ def _profile(figures: Figures) -> str:
     for name in names:
         totals.update(figures.profiles[name])  # a Counter adds up seconds as well as counts
     rows = [[part, *(_share(figures.profiles[name], part) for name in names)] for part, _ in totals.most_common()]
-    return _table(["part", *(f"{name}: CPU-s" for name in names)], rows)
+    return table(["part", *(f"{name}: CPU-s" for name in names)], rows)
 
 
 def _share(profile: dict[str, float], part: str) -> str:
@@ -151,7 +156,7 @@ def _accuracy(figures: Figures) -> str:
         if run.job == "sketch" and run.dataset in ("3M", "30M") and (accuracy := run.accuracy):
             errors = (accuracy.p95, accuracy.p95_99, accuracy.users, accuracy.users_99)
             rows.append([run.peer, run.dataset, *(f"{100 * (error or 0):.2f} %" for error in errors)])
-    return _table(["program", "rows", "p95, mean", "p95, 99 % of groups", "distinct, mean", "distinct, 99 %"], rows)
+    return table(["program", "rows", "p95, mean", "p95, 99 % of groups", "distinct, mean", "distinct, 99 %"], rows)
 
 
 def _bars(figures: Figures) -> str:
@@ -186,7 +191,7 @@ def _judged(bars: list[Bar]) -> str:
         [what, f"{'at most' if most else 'at least'} {bound:,g}", _number(value), _verdict(value, bound, most)]
         for what, bound, value, most in bars
     ]
-    return _table(["asked", "bar", "measured", ""], rows)
+    return table(["asked", "bar", "measured", ""], rows)
 
 
 def _verdict(value: float | None, bound: float, most: bool) -> str:
@@ -201,7 +206,8 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
