@@ -18,6 +18,8 @@ class ReadFiles(beam.PTransform):  # type: ignore[misc]
     """The tables of a plan, of files or a lake. Outputs, both of pa.Table: ``rows`` and ``tallies`` (TALLY: source rows
     read).
 
+    Applied to a pipeline it reads the plan's splits, and to a PCollection of splits those.
+
     distributed: share the splits among workers by a Reshuffle (of the splits, never of rows); on one process that would
     only cost. shown: these are the rows that the run's progress counts. Every row is read exactly once per attempt of a
     bundle; position and source name it across attempts.
@@ -41,8 +43,9 @@ class ReadFiles(beam.PTransform):  # type: ignore[misc]
     def __post_init__(self) -> None:
         super().__init__()
 
-    def expand(self, start: beam.pvalue.PBegin) -> Any:
-        splits = start | beam.Create(self.plan.splits, reshuffle=False)
+    def expand(self, start: beam.pvalue.PBegin | beam.PCollection) -> Any:
+        named = isinstance(start, beam.PCollection)
+        splits = start if named else start | beam.Create(self.plan.splits, reshuffle=False)
         if self.distributed:
             splits = splits | beam.Reshuffle()
         part = beam.ParDo(_Read(self.plan, self.shown)).with_output_types(pa.Table, tallies=pa.Table)

@@ -6,22 +6,22 @@ nothing was lost makes the tables and then the store's pointers new, each in one
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from operator import methodcaller
 from pathlib import Path
+from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
 
-from pipelines.commit import Commit, Output
+from pipelines.begin import Begun, Later, begin
+from pipelines.commit import Output
 from pipelines.definition import Dimension, Pipeline
 from pipelines.io import files
 from pipelines.io.history import History
 from pipelines.io.read import ReadFiles
-from pipelines.io.store import open_store
 from pipelines.io.table import Between as Replaced
 from pipelines.io.table import Replace, Table, open_table
-from pipelines.io.upsert import WriteStore
-from pipelines.io.write import StageTable
 from pipelines.options import Deployment
 from pipelines.reading import Reading, reading
 from pipelines.sql import Plan
@@ -46,25 +46,37 @@ bound what a merge holds at once."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A pipeline and its places, looked at and found in order; nothing is written yet.
-
-    outputs: the tables that are written. views: those that are computed. token: names this run by its definition, files
-    and range.
-    """
+class Shape:
+    """What a graph is made of. tables: the names of those that are written. views: those that are computed."""
 
     pipeline: Pipeline
     deployment: Deployment
     plan: Plan
     reading: Reading
-    dimensions: dict[str, files.Plan]
-    outputs: dict[str, Output]
+    dimensions: Mapping[str, History]
+    tables: tuple[str, ...]
     views: tuple[ViewPlan, ...]
-    token: str
 
     @property
     def history(self) -> History:
         return self.reading.history
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared(Shape):
+    """A pipeline and its places, looked at and found in order; nothing is written yet.
+
+    outputs: the tables. token: names this run by its definition, files and range.
+    """
+
+    outputs: Mapping[str, Output]
+    token: str
+
+    def begin(self) -> Begun:
+        """Takes what the run needs of the store. Raises UserError."""
+        views = [(view, self.reading.scope.of(view.name)) for view in self.views]
+        name, limits = self.pipeline.name, self.reading.limits
+        return begin(name, self.deployment, token=self.token, outputs=self.outputs, views=views, limits=limits)
 
 
 def prepare(pipeline: Pipeline, deployment: Deployment) -> Prepared:
@@ -73,10 +85,7 @@ def prepare(pipeline: Pipeline, deployment: Deployment) -> Prepared:
     chains = (plan.chain, *(view.chain for view in plan.views if view.chain is not None))
     if source.schema.personal or any(chain.keyed for chain in chains):
         Key.load()  # a run that would end without it had better not begin
-    used = tuple(f for f in source.schema.fields if f.name in plan.columns or source.extra != "ignore")
-    schema = dataclasses.replace(source.schema, fields=used)  # an unused column would be one that we do not know
-    cipher = Cipher(Key.load(), PURPOSE) if source.schema.personal else None
-    decoder = Decoder(schema, pipeline.name, source.extra, source.invalid, None, cipher)
+    decoder = decoding(pipeline, plan)
     warehouse = f"{deployment.warehouse}/{pipeline.name}"
     tables_ = {"dead letters": open_table(f"{deployment.dead_letters}/{pipeline.name}", DEAD_LETTERS)}
     tables_ |= {"events": open_table(f"{warehouse}/events", plan.chain.schema)} if pipeline.events else {}
@@ -89,7 +98,16 @@ def prepare(pipeline: Pipeline, deployment: Deployment) -> Prepared:
     outputs = {name: _output(name, table, read) for name, table in tables_.items() if name not in read.scope.skipped}
     views = tuple(view for view in plan.views if view.name in outputs and read.scope.of(view.name))
     token = _digest(*_said(plan), read.history.splits, dimensions, read.scope)
-    return Prepared(pipeline, deployment, plan, read, dimensions, outputs, views, token)
+    return Prepared(pipeline, deployment, plan, read, dimensions, tuple(outputs), views, outputs, token)
+
+
+def decoding(pipeline: Pipeline, plan: Plan) -> Decoder:
+    """What makes rows of what is read."""
+    source = pipeline.source
+    used = tuple(f for f in source.schema.fields if f.name in plan.columns or source.extra != "ignore")
+    schema = dataclasses.replace(source.schema, fields=used)  # an unused column would be one that we do not know
+    cipher = Cipher(Key.load(), PURPOSE) if source.schema.personal else None
+    return Decoder(schema, pipeline.name, source.extra, source.invalid, None, cipher)
 
 
 def _output(name: str, table: Table, read: Reading) -> Output:
@@ -119,11 +137,25 @@ def build(root: beam.Pipeline, run: Prepared, *, spill: Path | None = None) -> N
 
     spill: where the one process of DirectRunner may keep rows and states on disk; None on engines, which shuffle them.
     """
+    progress.expect(run.history.rows if run.history.rows is not None else run.history.bytes)
+    lay(root, run, run.begin(), spill=spill)
+
+
+def lay(
+    root: beam.Pipeline,
+    run: Shape,
+    begun: Begun | beam.pvalue.AsSingleton,
+    splits: Mapping[str, beam.PCollection] | None = None,
+    *,
+    spill: Path | None = None,
+) -> None:
+    """Puts the parts on a pipeline. begun: the run, or where the parts hear of it. splits: what is to be read, of
+    "history" and of each dimension; None: it is known."""
     source, deployment, read_ = run.pipeline.source, run.deployment, run.reading
     cipher = Cipher(Key.load(), PURPOSE) if source.schema.personal else None
-    sides = {d.name: _dimension(root, d, run.dimensions[d.name]) for d in run.pipeline.dimensions}
-    progress.expect(run.history.rows if run.history.rows is not None else run.history.bytes)
-    read = root | "read" >> ReadFiles(run.history, distributed=spill is None, shown=True)
+    given = splits or {}
+    sides = {d.name: _dimension(given.get(d.name, root), d, run.dimensions[d.name]) for d in run.pipeline.dimensions}
+    read = given.get("history", root) | "read" >> ReadFiles(run.history, distributed=spill is None, shown=True)
     decoded = read.rows | "decode" >> Decode(read_.decoder)
     rows, dead, tallies = decoded.rows, [decoded.dead], [read.tallies, decoded.tallies]
     if source.identities:
@@ -139,8 +171,8 @@ def build(root: beam.Pipeline, run: Prepared, *, spill: Path | None = None) -> N
     staged: dict[str, beam.PCollection] = {}
     shelf = None if spill is None else Shelf(spill)
     if run.pipeline.events:
-        staged["events"] = _stage(_inside(clean.rows, run), "events", run)
-    answered, written, generations = [], [], {}
+        staged["events"] = _stage(_inside(clean.rows, run), "events", begun)
+    answered, written = [], []
     for view in run.views:
         buckets = deployment.buckets or _buckets(run.history)
         aggregate = Aggregate(view, buckets, sides, cipher, read_.scope.of(view.name), read_.through, shelf)
@@ -148,32 +180,27 @@ def build(root: beam.Pipeline, run: Prepared, *, spill: Path | None = None) -> N
         dead.append(answers["dead"])
         tallies.append(answers["tallies"])
         answered.append(answers["answered"])
-        staged[view.name] = _stage(answers["main"], view.name, run)
+        staged[view.name] = _stage(answers["main"], view.name, begun)
         if deployment.store:
-            generations[view.name] = _begin(run, view)
-            name = f"{run.pipeline.name}.{view.name}"
-            write = WriteStore(deployment.store, name, generations[view.name])
-            written.append(answers["main"] | f"store {view.name}" >> beam.ParDo(write))
+            write = _part(begun, "store", view.name).with_output_types(pa.Table)
+            written.append(answers["main"] | f"store {view.name}" >> write)
     letters = dead | "dead letters" >> beam.Flatten()
-    held = run.outputs["dead letters"]
-    if held.replace == "nothing" and held.version > 1:
-        new = beam.Map(lambda dead: _unheld(dead, held.table)).with_output_types(pa.Table)
+    if isinstance(begun, Begun) and (held := begun.held) is not None:
+        new = beam.Map(lambda dead: _unheld(dead, held)).with_output_types(pa.Table)
         letters = letters | "not held yet" >> new
-    staged["dead letters"] = _stage(letters, "dead letters", run)
-    outputs = tuple(run.outputs.values())
-    commit = Commit(run.pipeline.name, run.token, outputs, generations, deployment, read_.limits)
+    staged["dead letters"] = _stage(letters, "dead letters", begun)
     lists = [
         tallies,
         [clean.spans],
         answered,
         written,
-        *([staged[name]] if name in staged else [] for name in run.outputs),
+        *([staged[name]] if name in staged else [] for name in run.tables),
     ]
     gathered = [_list(root, parts, number) for number, parts in enumerate(lists)]
-    _ = root | "once" >> beam.Create([0]) | "commit" >> beam.ParDo(commit, *gathered)
+    _ = root | "once" >> beam.Create([0]) | "commit" >> _part(begun, "commit", sides=gathered)
 
 
-def _dedupe(run: Prepared, folder: Path | None, cipher: Cipher | None) -> Dedupe:
+def _dedupe(run: Shape, folder: Path | None, cipher: Cipher | None) -> Dedupe:
     identity = run.pipeline.source.identities
     parts = partitions(run.history.rows, run.history.bytes)
     return Dedupe(
@@ -197,7 +224,7 @@ def _list(root: beam.Pipeline, parts: list[beam.PCollection], number: int) -> be
     return beam.pvalue.AsList(tables_)
 
 
-def _inside(rows: beam.PCollection, run: Prepared) -> beam.PCollection:
+def _inside(rows: beam.PCollection, run: Shape) -> beam.PCollection:
     ranges = run.reading.scope.of("events")
     return rows if EVERYTHING in ranges else _between(rows, "events inside", ranges)
 
@@ -214,21 +241,19 @@ def _between(rows: beam.PCollection, label: str, ranges: Ranges) -> beam.PCollec
     return rows | label >> beam.Map(lambda table: inside.split(table)[0]).with_output_types(pa.Table)
 
 
-def _stage(rows: beam.PCollection, name: str, run: Prepared) -> beam.PCollection:
-    output = run.outputs[name]
-    return rows | f"stage {name}" >> beam.ParDo(StageTable(output.table, token=run.token, version=output.version))
+def _stage(rows: beam.PCollection, name: str, begun: Begun | beam.pvalue.AsSingleton) -> beam.PCollection:
+    return rows | f"stage {name}" >> _part(begun, "stage", name).with_output_types(pa.Table)
 
 
-def _begin(run: Prepared, view: ViewPlan) -> int:
-    assert run.deployment.store
-    keys = (*view.by, "window_start")
-    with open_store(run.deployment.store) as store:
-        return store.begin(f"{run.pipeline.name}.{view.name}", view.schema, keys, run.reading.scope.of(view.name))
+def _part(begun: Begun | beam.pvalue.AsSingleton, which: str, *names: str, sides: Iterable[Any] = ()) -> beam.ParDo:
+    """A method of the run that has begun, or that will have when the part runs."""
+    made = methodcaller(which, *names)
+    return beam.ParDo(made(begun), *sides) if isinstance(begun, Begun) else beam.ParDo(Later(made), begun, *sides)
 
 
-def _dimension(root: beam.Pipeline, dimension: Dimension, plan: files.Plan) -> beam.PCollection:
+def _dimension(start: beam.Pipeline | beam.PCollection, dimension: Dimension, plan: History) -> beam.PCollection:
     """The whole dimension as one table, its keys checked. A row that cannot be read refuses the run."""
-    read = root | f"read {dimension.name}" >> ReadFiles(plan)
+    read = start | f"read {dimension.name}" >> ReadFiles(plan)
     decoded = read.rows | f"decode {dimension.name}" >> Decode(Decoder(dimension.schema, dimension.name))
     _ = decoded.dead | f"refuse {dimension.name}" >> beam.Map(_refuse, dimension.name).with_output_types(pa.Table)
     return decoded.rows | f"gather {dimension.name}" >> beam.CombineGlobally(_Gather(dimension)).with_output_types(
