@@ -3,7 +3,7 @@
 import contextlib
 import gc
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 
 from pipelines.transforms.errors import UserError
@@ -11,8 +11,28 @@ from pipelines.transforms.errors import UserError
 if TYPE_CHECKING:
     import apache_beam as beam
 
-MODULES = {"DirectRunner": "direct", "FlinkRunner": "flink", "PrismRunner": "prism", "SparkRunner": "spark"}
+MODULES = {
+    "DataflowRunner": "dataflow",
+    "DirectRunner": "direct",
+    "FlinkRunner": "flink",
+    "PrismRunner": "prism",
+    "SparkRunner": "spark",
+}
 """The runners of --runner, each with the module that knows it."""
+
+REMOTE = ("DataflowRunner",)
+"""Those whose workers are never on this machine, so they do not see its files."""
+
+
+class Detached(Exception):
+    """The job runs on without this process, or has yet to run: there is nothing to report. Its text says where it is.
+
+    job: how an engine finds it again. code: what the process exits with.
+    """
+
+    def __init__(self, said: str, job: Mapping[str, str] | None = None, *, code: int = 0) -> None:
+        super().__init__(said)
+        self.job, self.code = job, code
 
 
 class Engine(Protocol):
