@@ -4,6 +4,7 @@ Beam is imported when a graph is built and not before, so ``--help`` and every m
 """
 
 import contextlib
+import dataclasses
 import gc
 import json
 import pydoc
@@ -13,8 +14,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
-from pipelines import progress, runners
+from pipelines import progress, remote, runners
 from pipelines.options import Deployment
+from pipelines.runners import preflight
 from pipelines.transforms.errors import DataRefused, UserError
 
 if TYPE_CHECKING:
@@ -33,10 +35,12 @@ def run(pipeline: "Pipeline", deployment: Deployment, flags: Sequence[str] = ())
     """Runs a pipeline to its end and writes ``deployment.report``. flags: Beam's own options.
 
     Raises UserError and DataRefused as the parts of the graph raise them, wherever they ran; then the report of an
-    earlier run stays as it is.
+    earlier run stays as it is. Raises runners.Detached where it goes on without this process: there is no report then.
     """
     start = time.perf_counter()
     engine = runners.named(deployment.runner)
+    if deployment.runner in runners.REMOTE:
+        remote.check(deployment)
     _prepare(deployment)
     from pipelines import report
 
@@ -59,7 +63,8 @@ def _live(pipeline: "Pipeline", deployment: Deployment, engine: runners.Engine, 
             return cast("report.Facts", stream.run(pipeline, deployment, engine, flags))
     if deployment.mode == "stream":
         said = "here a stream runs as micro-batch, one bounded graph a turn"
-        print(f"{pipeline.name}: {deployment.runner} takes no unbounded graph; {said}", file=sys.stderr)
+        why = preflight.degraded(deployment.runner)
+        print(f"{pipeline.name}: {deployment.runner} takes no unbounded graph; {said} ({why})", file=sys.stderr)
     title = report.title(pipeline, deployment)
     with _told(), archive.along(pipeline, deployment), watch.shown(title) as told:
         return cast("report.Facts", live.run(pipeline, deployment, engine, flags, told=told))
@@ -97,12 +102,15 @@ def _told() -> Iterator[None]:
 
 
 def dry_run(pipeline: "Pipeline", deployment: Deployment) -> None:
-    """Reads every header, plans every file, looks at every table, and runs nothing."""
+    """Reads every header, plans every file, looks at every table, holds the graph of a batch run against what is known
+    not to work, and runs nothing."""
     runners.named(deployment.runner)
     if deployment.mode == "batch":
         from pipelines import graph
 
-        graph.prepare(pipeline, deployment)
+        # without the store, where building a graph begins a generation
+        prepared = graph.prepare(pipeline, dataclasses.replace(deployment, store=None))
+        preflight.rehearse(deployment.runner, lambda root: graph.build(root, prepared))
     else:
         from pipelines import live
 

@@ -1,10 +1,11 @@
 """DirectRunner: the whole graph in this process, for bounded graphs that one machine can hold.
 
 Beam's own DirectRunner tries Prism, then FnApiRunner, then an old runner, and falls back in silence; so FnApiRunner is
-named here. It runs one bundle at a time (its threaded and multi-process modes are slower). What it shuffles it holds in
-memory: only partial aggregates are ever shuffled. DuckDB keeps one thread here as elsewhere: on two cores a second one
-cost 15 % more CPU for the benchmark's 30M rows, and saved no time while anything else ran. Arrow's memory comes from
-jemalloc where there is one: it keeps less of what was given back than mimalloc (50 to 130 MiB less at the peak).
+named here, and ``preflight`` refuses what that cannot run. It runs one bundle at a time (its threaded and multi-process
+modes are slower). What it shuffles it holds in memory: only partial aggregates are ever shuffled. DuckDB keeps one
+thread here as elsewhere: on two cores a second one cost 15 % more CPU for the benchmark's 30M rows, and saved no time
+while anything else ran. Arrow's memory comes from jemalloc where there is one: it keeps less of what was given back
+than mimalloc (50 to 130 MiB less at the peak).
 """
 
 import contextvars
@@ -24,6 +25,8 @@ from apache_beam.runners.portability.fn_api_runner.worker_handlers import (
     WorkerHandlerManager,
 )
 
+from pipelines.runners import preflight
+
 DISTRIBUTED = False
 UNBOUNDED = False
 DEALT = False
@@ -32,7 +35,7 @@ DEALT = False
 def run(build: Callable[[beam.Pipeline], None], flags: Sequence[str]) -> None:
     """Runs the graph to its end in this process. What a worker raises is raised, with Beam's addition to its text."""
     _memory()
-    _pipeline(FnApiRunner(), build, flags).run().wait_until_finish()
+    _pipeline(_Checked(), build, flags).run().wait_until_finish()
 
 
 def prepared(build: Callable[[beam.Pipeline], None], flags: Sequence[str]) -> Callable[[], None]:
@@ -84,6 +87,14 @@ class _Worker(EmbeddedWorkerHandler):  # type: ignore[misc]
         """Not yet: there will be another run."""
 
 
+class _Checked(FnApiRunner):  # type: ignore[misc]
+    """Runs no graph that it cannot run."""
+
+    def run_via_runner_api(self, pipeline_proto: beam_runner_api_pb2.Pipeline, options: PipelineOptions) -> Any:
+        preflight.guard("DirectRunner", pipeline_proto)
+        return super().run_via_runner_api(pipeline_proto, options)
+
+
 class _Runner(FnApiRunner):  # type: ignore[misc]
     """Keeps the graph that it is given to run, encoded, and its worker. proto: None before the first run."""
 
@@ -92,6 +103,7 @@ class _Runner(FnApiRunner):  # type: ignore[misc]
 
     def run_via_runner_api(self, pipeline_proto: beam_runner_api_pb2.Pipeline, options: PipelineOptions) -> Any:
         if self.proto is None:
+            preflight.guard("DirectRunner", pipeline_proto)
             self.proto = beam_runner_api_pb2.Pipeline()
             self.proto.CopyFrom(pipeline_proto)
         fresh = beam_runner_api_pb2.Pipeline()  # a run adds to it

@@ -21,12 +21,12 @@ from pathlib import Path
 
 import apache_beam as beam
 import grpc
-from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions
+from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions, StandardOptions
 from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.portability.portable_runner import JobServiceHandle, PipelineResult, PortableRunner
 from apache_beam.runners.worker import data_plane, sdk_worker
 
-from pipelines.runners import workers
+from pipelines.runners import preflight, workers
 from pipelines.runners.clusters import folder
 from pipelines.transforms.errors import UserError
 
@@ -78,7 +78,9 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def run(build: Callable[[beam.Pipeline], None], endpoint: str, flags: Sequence[str]) -> None:
-    """Runs a graph to its end on the server at an endpoint; interrupted, it cancels the job. Raises what failed."""
+    """Runs a graph to its end on the server at an endpoint; interrupted, it cancels the job. Raises what failed.
+
+    flags: of Beam; what is known not to work on the --runner among them is refused first."""
     with _connected(endpoint, flags) as options:
         _encoded(build, options)()
 
@@ -125,6 +127,7 @@ def _encoded(build: Callable[[beam.Pipeline], None], options: PipelineOptions) -
     pipeline = beam.Pipeline(runner=PortableRunner(), options=options)
     build(pipeline)
     graph = PortableRunner.get_proto_pipeline(pipeline, options)
+    preflight.guard(options.view_as(StandardOptions).runner, graph)
     return functools.partial(_run, graph, PortableRunner().create_job_service(options))
 
 

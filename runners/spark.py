@@ -19,6 +19,7 @@ UNBOUNDED = False
 DEALT = False
 
 _OURS = (
+    "--runner=SparkRunner",
     "--spark_master_url=local[*]",  # Beam's default has four cores, whatever the machine has
     "--environment_cache_millis=2000",  # else every task of every stage starts a worker of its own
 )

@@ -50,6 +50,11 @@ class Open(beam.PTransform):  # type: ignore[misc]
     def __post_init__(self) -> None:
         super().__init__(self.view.plan.name)
 
+    def annotations(self) -> dict[str, Any]:
+        """What is known of timers on some engines does not matter here: each of the three may fire at any time."""
+        handled = "several timers,processing-time timers of a stream"
+        return {**super().annotations(), "pipelines:handles:v1": handled}
+
     def expand(self, states: beam.PCollection) -> Any:
         keep = beam.ParDo(Keep(self.view, self.trigger)).with_outputs("gone", "tallies", main="answers")
         return states | "by span" >> beam.ParDo(_BySpan(self.view)) | "keep" >> keep
