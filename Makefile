@@ -5,7 +5,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install run live test test-engines check bench matrix constraints clean types
+.PHONY: help install run live test test-engines check bench matrix soak constraints clean types
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ bench: install  ## measure against DuckDB, Polars, PySpark and per-row Beam; wri
 matrix: install  ## every mode on every engine that is up (pipelines cluster up flink|spark|prism); writes docs/engines.md
 	$(BIN)/uv pip install -q --python $(BIN)/python --compile-bytecode -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.matrix $(ARGS)
+
+soak: install  ## kill members of the Flink cluster under a stream, 50 times; writes docs/engines.md  (half an hour)
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 constraints: install  ## pin the newest versions that setup.py allows, of everything, into constraints.txt
 	$(BIN)/uv pip compile -q --upgrade --universal --python-version 3.11 --all-extras --no-annotate --no-header setup.py -o constraints.txt
