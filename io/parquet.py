@@ -53,6 +53,11 @@ class Folder:
         """Paths are relative to the folder."""
         if self.local is not None:
             return pafs.SubTreeFileSystem(str(self.local), pafs.LocalFileSystem())
+        if self.uri.startswith("gs://") and (emulator := os.environ.get("STORAGE_EMULATOR_HOST")):
+            # as Google's own libraries have it; Arrow's asks for credentials first
+            scheme, _, endpoint = emulator.rpartition("://")
+            system = pafs.GcsFileSystem(anonymous=True, scheme=scheme or "http", endpoint_override=endpoint)
+            return pafs.SubTreeFileSystem(self.uri.removeprefix("gs://"), system)
         system, path = pafs.FileSystem.from_uri(self.uri)
         return pafs.SubTreeFileSystem(path, system)
 

@@ -82,7 +82,11 @@ def run(
         runs.dry_run(declared, deployment)
         click.echo(f"{declared.name}: everything is in place; nothing was run")
         return
-    report = runs.run(declared, deployment, flags)
+    try:
+        report = runs.run(declared, deployment, flags)
+    except runners.Detached as left:
+        click.echo(f"{declared.name}: {left}")
+        sys.exit(left.code)
     if as_json:
         click.echo(report.json())
         return

@@ -11,6 +11,7 @@ each worker process (one a core): few threads a process, and 4 GB each.
 
 import importlib.metadata
 import re
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -132,17 +133,28 @@ def _package(options: PipelineOptions, folder: Path) -> None:
             setup.sdk_location = "container"
         return
     if not (setup.setup_file or setup.extra_packages):
-        ours = Path(__file__).resolve().parents[1] / "setup.py"
-        if not ours.exists():
-            raise UserError(
-                "--runner=DataflowRunner: the workers need this package, and this is no checkout to make it of; give "
-                "--sdk_container_image=IMAGE that has it (pipelines template build makes its Dockerfile)"
-            )
-        setup.setup_file = str(ours)
+        setup.extra_packages = [str(sdist(folder))]
     if not setup.requirements_file:
         wanted = folder / "requirements.txt"
         wanted.write_text("".join(f"{name}=={version}\n" for name, version in _installed(_FILES)))
         setup.requirements_file, setup.requirements_cache = str(wanted), "skip"
+
+
+def sdist(folder: Path) -> Path:
+    """This package, made into a folder from the checkout that runs. Raises UserError where this is none."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "setup.py").exists():
+        raise UserError(
+            "--runner=DataflowRunner: the workers need this package, and this is no checkout to make it of; give "
+            "--sdk_container_image=IMAGE that has it (pipelines template build makes its Dockerfile)"
+        )
+    made = [sys.executable, "setup.py", "-q", "egg_info", "-e", str(folder), "sdist", "-d", str(folder)]
+    done = subprocess.run(made, cwd=root, capture_output=True, text=True)
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or ["?"])[-1]
+        raise UserError(f"--runner=DataflowRunner: cannot make the package for the workers of {root}: {why}")
+    (found,) = folder.glob("*.tar.gz")
+    return found
 
 
 def _installed(names: Sequence[str]) -> Iterator[tuple[str, str]]:
