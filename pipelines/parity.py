@@ -1,8 +1,8 @@
 """``pipelines parity``: proves that the layers of a pipeline agree, on its own definition and history.
 
 A history is sent to a log in seeded disorder: shuffled, late, repeated, with bad messages between. A speed layer takes
-it in turns of random size, dies at random points and starts again from what is on disk. What it has given to the store
-must be what one bounded pass over the same log gives, of the rows that are not late.
+it, in turns of random size or as an unbounded graph, dies at random points and starts again. What it has given to the
+store must be what one bounded pass over the same log gives, of the rows that are not late.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from pipelines.progress import shown
 from pipelines.replay import messages, written
 from pipelines.report import grid, indent
 from pipelines.run import mistake
-from pipelines.runners import named
+from pipelines.runners import Engine, named
 from pipelines.transforms import lateness
 from pipelines.transforms.avro_schemas import Schemas
 from pipelines.transforms.conservation import SOURCE, Conservation
@@ -42,8 +42,9 @@ from pipelines.transforms.protect import VARIABLE
 from pipelines.transforms.windows import Duration
 from pipelines.trial import Trial
 
-RESTARTS, TURNS, PARTITIONS = 8, 24, 4
-"""By default: how often the speed layer dies, and about how many turns it takes; the log's partitions."""
+RESTARTS, JOBS, TURNS, PARTITIONS = 8, 2, 24, 4
+"""By default: how often a speed layer in turns dies, and one of jobs; about how many turns it takes; the log's
+partitions."""
 
 BUCKETS = 3
 """Of every other seed: parts of the state, as engines with many workers have them."""
@@ -54,14 +55,15 @@ LATE, DUPLICATE, CORRUPT = 0.02, 0.05, 0.01
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a trial found. views: by what was compared, and view. counts: the source's, of the speed layer. points: how
-    often it died where. wrong: counts that differ, by name, of the speed layer and of the bounded run."""
+    """What a trial found. told: what the speed layer did. views: by what was compared, and view. counts: the source's,
+    of the speed layer. points: how often it died where. wrong: counts that differ, by name, of the speed layer and of
+    the bounded run."""
 
     pipeline: str
     runner: str
     seed: int
     disorder: Disorder
-    turns: int
+    told: str
     points: Mapping[str, int]
     counts: Mapping[str, int]
     wrong: Mapping[str, tuple[Any, Any]]
@@ -84,7 +86,7 @@ class Report:
         died = ", ".join(f"{n} {point}" for point, n in sorted(self.points.items()))
         lines = [
             f"{self.pipeline} · {self.runner} · seed {self.seed}",
-            f"{counts}; {self.turns} turns, {sum(self.points.values())} restarts{f' ({died})' if died else ''}",
+            f"{counts}; {self.told}, {sum(self.points.values())} restarts{f' ({died})' if died else ''}",
         ]
         for what, views in self.views.items():
             rows = [(name, f"{one.windows:,}", f"{one.different:,}") for name, one in views.items()]
@@ -114,13 +116,14 @@ def parity(
     dimensions: Mapping[str, str] | None = None,
     flags: Sequence[str] = (),
     seed: int = 0,
-    restarts: int = RESTARTS,
+    restarts: int | None = None,
     turns: int | None = None,
     format: Format = "json",
     disorder: Disorder | None = None,
 ) -> Report:
     """Runs the trial in a folder of its own. history: files, or rows as files have them; None: rows are made up, and so
-    are dimensions that are not given. Nothing depends on chance but the seed's.
+    are dimensions that are not given. Nothing depends on chance but the seed's. A runner of unbounded graphs runs one,
+    in the main thread; another takes turns.
 
     Raises UserError as the parts of a run do; differences are told in the report.
     """
@@ -141,14 +144,12 @@ def parity(
     ):
         found, views = _tried(trial)
         wrong = {name: (n, right) for name, (n, right) in found.items() if n != right}
-        status = trial.speed.last
-        assert status is not None
         return Report(
             pipeline.name,
             runner,
             seed,
             disorder,
-            status.number,
+            trial.told,
             dict(trial.points),
             {name: found[f"source {name}"][0] for name in SOURCE},
             wrong,
@@ -165,12 +166,12 @@ def prepared(
     runner: str = Deployment.runner,
     *,
     turns: int,
-    restarts: int,
+    restarts: int | None,
     dimensions: Mapping[str, str] | None = None,
     flags: Sequence[str] = (),
     format: Format = "json",
 ) -> Iterator[Trial]:
-    """A trial that has taken no turn yet, in a folder that goes with it. The history is sent."""
+    """A trial that has taken nothing yet, in a folder that goes with it. The history is sent."""
     seed, engine = disorder.seed, named(runner)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="parity-"))
@@ -189,32 +190,55 @@ def prepared(
         if not any(bounds.end for bounds in sent.bounds().values()):
             raise UserError(f"{pipeline.name}: its history has no rows to try it on; name another with --history=URI")
         tables = {of.name: whole(of, deployment.dimensions[of.name]) for of in pipeline.dimensions}
-        trial = Trial(
+        trial = _kind(engine)(
             pipeline,
             deployment,
             engine,
-            flags,
+            stack.enter_context(_served(engine, flags)),
             sent,
             log,
             stack.enter_context(open_store(deployment.store)),
             Bounded(pipeline, layer(pipeline, deployment, 1), log, tables),
             np.random.default_rng(seed % 2**64),
             turns,
-            restarts,
+            (JOBS if engine.UNBOUNDED else RESTARTS) if restarts is None else restarts,
         )
-        stack.callback(lambda: trial.speed.close())
+        stack.callback(trial.close)
         yield trial
+
+
+def _kind(engine: Engine) -> type[Trial]:
+    if engine.UNBOUNDED:
+        from pipelines.trial_stream import Streamed
+
+        return Streamed
+    from pipelines.trial_turns import InTurns
+
+    return InTurns
+
+
+@contextlib.contextmanager
+def _served(engine: Engine, flags: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Flags with the one job server that all runs of a trial share, where an engine has such."""
+    serving = getattr(engine, "serving", None)
+    if serving is None or any(flag.startswith("--job_endpoint") for flag in flags):
+        yield flags
+        return
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    with serving(PipelineOptions(list(flags))) as endpoint:
+        yield [*flags, f"--job_endpoint={endpoint}"]
 
 
 def _tried(trial: Trial) -> tuple[dict[str, tuple[int, int]], dict[str, dict[str, Compared]]]:
     """Counts, of the speed layer and of a bounded pass; and views, by what was compared."""
     views, name = {}, trial.pipeline.name
     middle = int(trial.chance.integers(trial.turns // 3, trial.turns * 2 // 3, endpoint=True))
-    with shown(f"{name}: live in turns"):
+    with shown(f"{name}: live"):
         trial.take(0, middle)
     views["the speed layer in the middle = bounded over the rows in time"] = trial.speed_layer(trial.bounded.timely())
     trial.cut_over()
-    with shown(f"{name}: live in turns"):
+    with shown(f"{name}: live"):
         trial.take(middle, trial.turns)
     timely = trial.bounded.timely()
     views["the speed layer at the end = bounded over the rows in time"] = trial.speed_layer(timely)
@@ -223,9 +247,7 @@ def _tried(trial: Trial) -> tuple[dict[str, tuple[int, int]], dict[str, dict[str
         views["batch of what is new + speed = bounded over all rows"] = trial.both_layers(timely)
         trial.cut_over()
     views["batch + speed = bounded over all rows"] = trial.both_layers(timely)
-    status = trial.speed.status()
-    assert status is not None
-    found, right = _counted(status.counts), _counted(timely.counts)
+    found, right = _counted(trial.counts), _counted(timely.counts)
     return {name: (found.get(name, 0), right.get(name, 0)) for name in sorted({*found, *right})}, views
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines import cli, definition, parity, samples, scope, trial
+from pipelines import cli, definition, parity, samples, scope, trial_turns
 from pipelines.definition import Pipeline, Source, View
 from pipelines.io.lake import Lake
 from pipelines.live import SpeedLayer
@@ -98,15 +98,15 @@ def forgotten_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def lost_delivery(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that starts again does not deliver what the one before has committed."""
-    real = trial.Trial._begun
+    real = trial_turns.InTurns._begun
 
-    def begun(self: trial.Trial) -> Any:
+    def begun(self: trial_turns.InTurns) -> Any:
         with monkeypatch.context() as patched:
             patched.setattr(SpeedLayer, "deliver", lambda _: None)
             return real(self)
 
-    monkeypatch.setattr(trial.Trial, "_begun", begun)
-    monkeypatch.setattr(trial, "POINTS", ("after it commits",))
+    monkeypatch.setattr(trial_turns.InTurns, "_begun", begun)
+    monkeypatch.setattr(trial_turns, "POINTS", ("after it commits",))
 
 
 def late_rows_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
