@@ -55,7 +55,7 @@ def cli() -> None:
 @option("--rebuild", is_flag=True, help="Forget the live state, and read the log again from its first offset.")
 @SET
 @option("--max_rejected", type=float, metavar="SHARE", help="Refuse the data past this share of rejected rows.")
-@option("--buckets", type=int, metavar="N", help="Parts of a view's merge; by default what suits the runner.")
+@option("--buckets", type=int, metavar="N", help="Parts of a view's merge (with sketches 8 times as many).")
 @option("--report", default=options.Deployment.report, show_default=True, metavar="URI", help="Where run.json goes.")
 @option("--dry_run", is_flag=True, help="Check everything, read every header, run nothing.")
 @JSON
@@ -176,7 +176,7 @@ def archive(pipeline: str, live: str | None, lake: str, ahead: int, parameters: 
 @option("--history", metavar="URI", help="The rows to try it on; a built-in example's own, else rows are made up.")
 @option("--dimension", "dimensions", multiple=True, type=Pair(), help="NAME=URI of a look-up; repeatable.")
 @option("--seed", type=int, default=0, metavar="N", help="Another seed, another disorder; the same one the same.")
-@option("--restarts", type=click.IntRange(0), default=8, show_default=True, metavar="N", help="Of the speed layer.")
+@option("--restarts", type=click.IntRange(0), metavar="N", help="Of the speed layer: 8 in turns, 2 of a graph.")
 @SET
 @JSON
 @click.pass_context
@@ -188,14 +188,15 @@ def parity(
     history: str | None,
     dimensions: Sequence[tuple[str, str]],
     seed: int,
-    restarts: int,
+    restarts: int | None,
     parameters: Sequence[tuple[str, str]],
     as_json: bool,
 ) -> None:
     """Prove that the layers agree: exit 3 where they do not, with the first windows that differ.
 
-    The pipeline runs live in turns, over a log in disorder, with late, repeated and bad messages, and dies at random
-    points; then what it gave to the store is compared with a bounded run, value by value. All is temporary.
+    The pipeline runs live, in turns or as its engine's unbounded graph, over a log in disorder, with late, repeated and
+    bad messages, and dies at random points; then what it gave to the store is compared with a bounded run, value by
+    value. All is temporary.
     """
     flags = arguments.passed(context)
     from pipelines import definition
