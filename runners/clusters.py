@@ -183,16 +183,18 @@ def _fill(cluster: Cluster, plan: Plan, place: Path, tell: Callable[[str], None]
     names = [member.name for member in plan.members]
     waiting: list[tuple[Member, Running]] = []
     for member in plan.members:
-        if any(one.name == member.name for one in cluster.members):
+        if kept := [one for one in cluster.members if one.name == member.name]:
+            waiting.append((member, kept[0]))  # of an ``up`` that was interrupted, maybe
             continue
         if member.waits:
-            _wait(waiting, tell)
+            _wait(waiting)
         started = _start(member, place)
+        tell(f"{member.name}: started, pid {started.pid}{f', port {member.port}' if member.port else ''}")
         waiting.append((member, started))
         cluster.members.append(started)
         cluster.members.sort(key=lambda one: names.index(one.name))
         _write(cluster, place)
-    _wait(waiting, tell)
+    _wait(waiting)
     _write(cluster, place)
 
 
@@ -215,25 +217,23 @@ def _start(member: Member, place: Path) -> Running:
     return Running(member.name, process.pid, created, member.port, str(log), [*member.command], {**member.env})
 
 
-def _wait(waiting: list[tuple[Member, Running]], tell: Callable[[str], None]) -> None:
+def _wait(waiting: list[tuple[Member, Running]]) -> None:
     """Until all are ready; then none is waiting."""
     start = time.monotonic()
     while waiting:
         for member, running in list(waiting):
             process = running.process()
             if process is not None and _ready(member, process, Path(running.log)):
-                at = f", port {member.port}" if member.port else ""
-                tell(f"{member.name}: pid {running.pid}{at}, ready after {time.monotonic() - start:.0f} s")
                 waiting.remove((member, running))
             elif process is None or time.monotonic() - start > START:
-                last = Path(running.log).read_text(errors="replace").strip().splitlines()[-1:]
-                said = " ".join(last) or "it says nothing"
-                raise UserError(f"{member.name} does not start: {said} (all of it: {running.log})")
+                said = [line for line in Path(running.log).read_text(errors="replace").splitlines() if line[:1].strip()]
+                last = said[-1] if said else "it says nothing"
+                raise UserError(f"{member.name} does not start: {last} (all of it: {running.log})")
         time.sleep(0.05)
 
 
 def _ready(member: Member, process: psutil.Process, log: Path) -> bool:
-    said = member.ready is None or re.search(member.ready, log.read_text(errors="replace")) is not None
+    said = member.ready is None or re.search(member.ready, log.read_text(errors="replace"), re.MULTILINE) is not None
     return said and (member.port is None or member.port in _listening(process))
 
 

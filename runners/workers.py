@@ -40,7 +40,7 @@ class _Pool(BeamFnExternalWorkerPoolServicer):  # type: ignore[misc]
     def StartWorker(  # noqa: N802
         self, request: beam_fn_api_pb2.StartWorkerRequest, context: grpc.ServicerContext
     ) -> beam_fn_api_pb2.StartWorkerResponse:
-        worker = _Worker(
+        worker = Worker(
             request.control_endpoint.url,
             worker_id=request.worker_id,
             state_cache_size=self._state_cache_size,
@@ -51,7 +51,9 @@ class _Pool(BeamFnExternalWorkerPoolServicer):  # type: ignore[misc]
         return beam_fn_api_pb2.StartWorkerResponse()
 
 
-class _Worker(SdkHarness):  # type: ignore[misc]
+class Worker(SdkHarness):  # type: ignore[misc]
+    """A worker that ends in peace when its engine hangs up."""
+
     def run(self) -> None:
         try:
             super().run()

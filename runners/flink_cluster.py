@@ -1,0 +1,216 @@
+"""A Flink cluster of this machine: ZooKeeper, a JobManager, a TaskManager, Beam's job server, and a worker pool.
+
+ZooKeeper (Flink's own, out of its classes) is what a JobManager finds its jobs and their last checkpoints in after it
+was killed. All listen on 127.0.0.1 alone. Together about 2 GiB, and what the Python workers take.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.runners import java
+from pipelines.runners.clusters import Cluster, Member, Plan
+
+if TYPE_CHECKING:
+    from apache_beam.runners.portability.flink_runner import FlinkJarJobServer
+
+MAIN = "org.apache.beam.runners.flink.FlinkJobServerDriver"
+"""The job server's class."""
+
+SLOTS = 2
+"""Parts of a graph that run at once: as many as there are cores on a small machine."""
+
+PRELOAD = "pipelines.graph,pipelines.stream"
+"""What workers import, so that the pool does, once."""
+
+_HOST = "127.0.0.1"
+_RUNTIME = "org.apache.flink.runtime"
+_SIZES = {
+    "taskmanager.memory.task.heap.size": "512m",
+    "taskmanager.memory.task.off-heap.size": "128m",
+    "taskmanager.memory.framework.heap.size": "128m",
+    "taskmanager.memory.framework.off-heap.size": "128m",
+    "taskmanager.memory.network.min": "256m",
+    "taskmanager.memory.network.max": "256m",
+    "taskmanager.memory.managed.size": "256m",  # what batch sorts in, and RocksDB's share
+    "taskmanager.memory.jvm-metaspace.size": "192m",
+    "taskmanager.memory.jvm-overhead.min": "128m",
+    "taskmanager.memory.jvm-overhead.max": "128m",
+}
+"""A TaskManager that no script of Flink starts must be told each of them."""
+
+_LITTLE = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
+"""For those that have little to do: compiling that well costs more than it saves."""
+
+_LOGS = (
+    "-Dorg.slf4j.simpleLogger.showDateTime=true",
+    "-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd'T'HH:mm:ss.SSSXXX",
+    "-Dorg.slf4j.simpleLogger.showThreadName=false",
+    f"-Dorg.slf4j.simpleLogger.log.{_RUNTIME}=info",
+)
+
+
+def plan(folder: Path, port: Callable[[str], int], tell: Callable[[str], None], **options: str) -> Plan:
+    """The members, and their configuration under ``folder``. options: job_server_jar."""
+    server = _server(options.get("job_server_jar"))
+    jar = server.jar()
+    tell(f"with {server.told(jar)}")
+    settings = _settings(folder, port)
+    _configure(folder, settings, port("zookeeper"))
+    classes = ("-cp", server.classpath(jar))
+    run = (server.java(), *java.JAVA, *_LOGS, f"-Djava.io.tmpdir={folder}/tmp")
+    endpoint, rest = f"{_HOST}:{port('job server')}", f"{_HOST}:{port('rest')}"
+    artifacts = f"--artifacts-dir={folder}/artifacts"
+    ports = (f"--job-port={port('job server')}", f"--artifact-port={port('artifacts')}", "--expansion-port=0")
+    members = [
+        Member(
+            "zookeeper",
+            (
+                *run,
+                *_LITTLE,
+                "-Xmx64m",
+                *classes,
+                f"{_RUNTIME}.zookeeper.FlinkZooKeeperQuorumPeer",
+                "--zkConfigFile",
+                f"{folder}/conf/zoo.cfg",
+                "--peerId",
+                "1",
+            ),
+            port=port("zookeeper"),
+        ),
+        Member(
+            "jobmanager",
+            (
+                *run,
+                *_LITTLE,
+                "-Xmx448m",
+                *classes,
+                f"{_RUNTIME}.entrypoint.StandaloneSessionClusterEntrypoint",
+                f"--configDir={folder}/conf",
+            ),
+            port=port("rest"),
+            ready="granted leadership",
+        ),
+        Member(
+            "taskmanager",
+            (
+                *run,
+                "-Xmx640m",
+                "-XX:MaxDirectMemorySize=512m",
+                *classes,
+                f"{_RUNTIME}.taskexecutor.TaskManagerRunner",
+                f"--configDir={folder}/conf",
+            ),
+            port=port("taskmanager"),
+            ready="Successful registration at resource manager",
+        ),
+        Member(
+            "job server",
+            (
+                *run,
+                *_LITTLE,
+                "-Xmx512m",
+                *classes,
+                MAIN,
+                f"--flink-master={rest}",
+                f"--job-host={_HOST}",
+                *ports,
+                artifacts,
+            ),
+            port=port("job server"),
+            ready=java.STARTED.pattern,
+        ),
+        workers(port("worker pool")),
+    ]
+    facts = {
+        "rest": f"http://{rest}",
+        "slots": SLOTS,
+        "checkpoints": settings["state.checkpoints.dir"],
+        "savepoints": settings["state.savepoints.dir"],
+        "job_server": server.told(jar),
+    }
+    return Plan(members, endpoint, f"{_HOST}:{port('worker pool')}", facts)
+
+
+def workers(port: int) -> Member:
+    """A worker pool: of any engine."""
+    command = (sys.executable, "-m", "pipelines.runners.worker_pool", f"--port={port}", f"--preload={PRELOAD}")
+    return Member("worker pool", command, {"OPENBLAS_NUM_THREADS": "1"}, port, "^ready at")
+
+
+def down(folder: Path) -> None:
+    """Forgets the jobs: the next cluster does not go on with them."""
+    for name in ("zookeeper", "ha", "tmp", "artifacts"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def flags(cluster: Cluster) -> list[str]:
+    """What makes Beam use all of a cluster."""
+    return [*cluster.flags, f"--parallelism={cluster.facts['slots']}"]
+
+
+def _server(given: str | None) -> java.JobServer:
+    def official() -> "FlinkJarJobServer":
+        from apache_beam.options.pipeline_options import PipelineOptions
+        from apache_beam.runners.portability.flink_runner import FlinkJarJobServer
+
+        return FlinkJarJobServer(PipelineOptions([f"--flink_job_server_jar={given}"] if given else []))
+
+    return java.JobServer("Flink", MAIN, given, official)
+
+
+def _settings(folder: Path, port: Callable[[str], int]) -> dict[str, str | int | bool]:
+    """Flink's options. A restart strategy is none of them: so a job with checkpoints is tried again for ever, and one
+    without, a batch, never, since what failed it once would again."""
+    return {
+        "jobmanager.rpc.address": _HOST,
+        "jobmanager.bind-host": _HOST,
+        "jobmanager.rpc.port": port("jobmanager"),
+        "rest.address": _HOST,
+        "rest.bind-address": _HOST,
+        "rest.port": port("rest"),
+        "blob.server.port": port("blobs"),
+        "web.submit.enable": False,
+        "taskmanager.host": _HOST,
+        "taskmanager.bind-host": _HOST,
+        "taskmanager.rpc.port": port("taskmanager"),
+        "taskmanager.data.port": port("data"),
+        "taskmanager.numberOfTaskSlots": SLOTS,
+        "taskmanager.cpu.cores": float(SLOTS),
+        "taskmanager.resource-id": "taskmanager",  # one that comes back takes the place of the dead one at once
+        **_SIZES,
+        "high-availability.type": "zookeeper",
+        "high-availability.zookeeper.quorum": f"{_HOST}:{port('zookeeper')}",
+        "high-availability.storageDir": f"file://{folder}/ha",
+        "high-availability.cluster-id": "/local",
+        "high-availability.jobmanager.port": port("jobmanager"),
+        "high-availability.zookeeper.client.session-timeout": 6000,  # a dead JobManager leads as long as that
+        "high-availability.zookeeper.client.tolerate-suspended-connections": True,
+        "zookeeper.sasl.disable": True,
+        "heartbeat.interval": 2000,
+        "heartbeat.timeout": 10_000,
+        "pekko.ask.timeout": "60 s",
+        "state.checkpoints.dir": f"file://{folder}/checkpoints",
+        "state.savepoints.dir": f"file://{folder}/savepoints",
+        "state.backend.incremental": True,
+        "io.tmp.dirs": f"{folder}/tmp",
+        "classloader.resolve-order": "parent-first",
+    }
+
+
+def _configure(folder: Path, settings: Mapping[str, str | int | bool], port: int) -> None:
+    for name in ("conf", "tmp", "ha", "zookeeper", "checkpoints", "savepoints", "artifacts"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    lines = [f"{key}: {json.dumps(value)}\n" for key, value in settings.items()]
+    (folder / "conf" / "config.yaml").write_text("".join(lines))
+    told = {
+        "dataDir": folder / "zookeeper",
+        "clientPort": port,
+        "clientPortAddress": _HOST,
+        "tickTime": 1000,
+        "admin.enableServer": "false",
+    }
+    (folder / "conf" / "zoo.cfg").write_text("".join(f"{key}={value}\n" for key, value in told.items()))
