@@ -1,0 +1,163 @@
+"""A Spark cluster of this machine: a master, a worker with one executor, Beam's job server, and a pool of our workers.
+
+The job server is the driver, and keeps one Spark application from job to job: its executor stays, warm. Master, worker
+and executor are started out of the job server's own classes, so they are of one version. All listen on 127.0.0.1 alone.
+Together about 1.5 GiB, and what the Python workers take.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.runners import flink_cluster, java
+from pipelines.runners.clusters import Cluster, Member, Plan
+
+if TYPE_CHECKING:
+    from apache_beam.runners.portability.spark_runner import SparkJarJobServer
+
+MAIN = "org.apache.beam.runners.spark.SparkJobServerDriver"
+"""The job server's class."""
+
+CORES = 2
+"""Tasks that run at once."""
+
+DRIVER = (
+    "-Dspark.ui.enabled=false",
+    "-Dbeam.spark.test.reuseSparkContext=true",  # for the next job
+    "-Dspark.cleaner.periodicGC.interval=1min",  # else what turns have shuffled stays on disk for half an hour
+    "-Dorg.slf4j.simpleLogger.log.org.apache.beam.runners.fnexecution=off",  # a page for each worker that ends
+    "-Dorg.slf4j.simpleLogger.log.org.apache.beam.sdk.fn=off",
+)
+"""Of a job server, also of one with Spark inside of it."""
+
+HERE = ("-Dspark.driver.host=127.0.0.1", "-Dspark.driver.bindAddress=127.0.0.1")
+
+LITTLE = "-XX:TieredStopAtLevel=1"
+"""Little of the work is Java's: compiling it well cost 10 CPU-s at the start, 2 a turn."""
+
+_HOST = "127.0.0.1"
+_DEPLOY = "org.apache.spark.deploy"
+
+
+def plan(folder: Path, port: Callable[[str], int], tell: Callable[[str], None], **options: str) -> Plan:
+    """The members, and where the executor finds its classes. options: job_server_jar."""
+    server = _server(options.get("job_server_jar"))
+    jar = server.jar()
+    tell(f"with {server.told(jar)}")
+    _classes(folder, server.classpath(jar))
+    env = {
+        "SPARK_HOME": str(folder),  # where the worker looks for the classes of its executor, in jars/
+        "SPARK_SCALA_VERSION": "2.12",  # else it looks for where Spark was built
+        "SPARK_LOCAL_IP": _HOST,
+        "SPARK_LOCAL_HOSTNAME": _HOST,
+        "SPARK_LOCAL_DIRS": f"{folder}/tmp",
+        "SPARK_WORKER_DIR": f"{folder}/work",
+    }
+    run = (server.java(), *java.JAVA, f"-Djava.io.tmpdir={folder}/tmp")
+    classes = ("-cp", f"{folder}/jars/*")
+    master = f"spark://{_HOST}:{port('master')}"
+    executor = " ".join((*java.JAVA, LITTLE, f"-Djava.io.tmpdir={folder}/tmp", *DRIVER[-2:]))
+    driver = (
+        *DRIVER,
+        *HERE,
+        f"-Dspark.executor.extraJavaOptions={executor}",
+        "-Dspark.executor.memory=640m",
+        "-Dspark.locality.wait=0",
+        f"-Dspark.default.parallelism={CORES}",
+    )
+    members = [
+        Member(
+            "master",
+            (
+                *run,
+                LITTLE,
+                "-Xmx128m",
+                f"-Dorg.slf4j.simpleLogger.log.{_DEPLOY}=info",
+                *classes,
+                f"{_DEPLOY}.master.Master",
+                *_flags(host=_HOST, port=port("master"), webui_port=port("master web")),
+            ),
+            env,
+            port("master"),
+            "I have been elected leader",
+        ),
+        Member(
+            "worker",
+            (
+                *run,
+                LITTLE,
+                "-Xmx128m",
+                f"-Dorg.slf4j.simpleLogger.log.{_DEPLOY}=info",
+                *classes,
+                f"{_DEPLOY}.worker.Worker",
+                *_flags(host=_HOST, port=port("worker"), webui_port=port("worker web"), cores=CORES, memory="1g"),
+                master,
+            ),
+            env,
+            port("worker"),
+            "Successfully registered with master",
+            waits=True,
+        ),
+        Member(
+            "job server",
+            (
+                *run,
+                LITTLE,
+                "-Xmx512m",
+                *driver,
+                "-jar",
+                str(jar),
+                f"--spark-master-url={master}",
+                f"--job-host={_HOST}",
+                f"--job-port={port('job server')}",
+                f"--artifact-port={port('artifacts')}",
+                "--expansion-port=0",
+                f"--artifacts-dir={folder}/artifacts",
+            ),
+            env,
+            port("job server"),
+            java.STARTED.pattern,
+        ),
+        flink_cluster.workers(port("worker pool")),
+    ]
+    facts = {"master": master, "web": f"http://{_HOST}:{port('master web')}", "job_server": server.told(jar)}
+    return Plan(members, f"{_HOST}:{port('job server')}", f"{_HOST}:{port('worker pool')}", facts)
+
+
+def down(folder: Path) -> None:
+    """Removes what the application has left."""
+    for name in ("tmp", "work", "artifacts", "jars"):
+        path = folder / name
+        path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
+
+
+def flags(cluster: Cluster) -> list[str]:
+    """What makes Beam use all of a cluster."""
+    return [*cluster.flags, f"--spark_master_url={cluster.facts['master']}"]
+
+
+def _flags(**values: str | int) -> list[str]:
+    """As Spark wants them, without an equals sign."""
+    return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def _classes(folder: Path, path: str) -> None:
+    """Links to the libraries, under the name that Spark expects."""
+    for name in ("tmp", "work", "artifacts", "jars"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for old in (folder / "jars").iterdir():
+        old.unlink()
+    given = Path(path)
+    for library in given.parent.glob("*.jar") if given.name == "*" else [given]:
+        (folder / "jars" / library.name).symlink_to(library)
+
+
+def _server(given: str | None) -> java.JobServer:
+    def official() -> "SparkJarJobServer":
+        from apache_beam.options.pipeline_options import PipelineOptions
+        from apache_beam.runners.portability.spark_runner import SparkJarJobServer
+
+        return SparkJarJobServer(PipelineOptions([f"--spark_job_server_jar={given}"] if given else []))
+
+    return java.JobServer("Spark", MAIN, given, official)
