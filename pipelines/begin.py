@@ -98,8 +98,7 @@ class First(beam.DoFn):  # type: ignore[misc]
 
     def process(self, _: int) -> Iterator[Any]:
         given: dict[str, Any] = {name: place.get() for name, place in self.places.items()}
-        given["store"] = None if given.get("store") == "none" else given.get("store")
-        given["dimensions"] = {name: place.get() for name, place in self.dimensions.items()}
+        given["dimensions"] = {name: uri for name, place in self.dimensions.items() if (uri := place.get())}
         begun, reading = self.begin(dataclasses.replace(self.deployment, **given))
         for tag, splits in reading.items():
             for split in splits:

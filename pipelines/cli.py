@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
-from pipelines import arguments, beside, cluster, examples, options, runners
+from pipelines import arguments, beside, cluster, examples, options, runners, template
 from pipelines.arguments import CONTEXT, JSON, PIPELINE, SET, WAREHOUSE, Instant, Length, Pair, Until, option
 from pipelines.transforms.errors import DataRefused, UserError
 
@@ -290,6 +290,7 @@ def query(sql: str, warehouse: str, as_json: bool) -> None:
 
 
 cli.add_command(cluster.cluster)
+cli.add_command(template.template)
 
 
 def _held(done: Any) -> str:

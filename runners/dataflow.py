@@ -11,7 +11,6 @@ each worker process (one a core): few threads a process, and 4 GB each.
 
 import importlib.metadata
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from apache_beam.options.pipeline_options import (
 )
 
 from pipelines.runners import Detached
+from pipelines.runners.package import sdist
 from pipelines.transforms.errors import UserError
 
 DISTRIBUTED = True
@@ -138,23 +138,6 @@ def _package(options: PipelineOptions, folder: Path) -> None:
         wanted = folder / "requirements.txt"
         wanted.write_text("".join(f"{name}=={version}\n" for name, version in _installed(_FILES)))
         setup.requirements_file, setup.requirements_cache = str(wanted), "skip"
-
-
-def sdist(folder: Path) -> Path:
-    """This package, made into a folder from the checkout that runs. Raises UserError where this is none."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / "setup.py").exists():
-        raise UserError(
-            "--runner=DataflowRunner: the workers need this package, and this is no checkout to make it of; give "
-            "--sdk_container_image=IMAGE that has it (pipelines template build makes its Dockerfile)"
-        )
-    made = [sys.executable, "setup.py", "-q", "egg_info", "-e", str(folder), "sdist", "-d", str(folder)]
-    done = subprocess.run(made, cwd=root, capture_output=True, text=True)
-    if done.returncode:
-        why = (done.stderr.strip().splitlines() or ["?"])[-1]
-        raise UserError(f"--runner=DataflowRunner: cannot make the package for the workers of {root}: {why}")
-    (found,) = folder.glob("*.tar.gz")
-    return found
 
 
 def _installed(names: Sequence[str]) -> Iterator[tuple[str, str]]:
