@@ -140,7 +140,9 @@ class Merge(beam.CombineFn):  # type: ignore[misc]
 
     def _kept(self, states: pa.Table) -> pa.Table:
         least = self.held // 8 if self.waits else SHELVED
-        return states if self.shelf is None or size(states) < least else self.shelf.put(states)
+        if self.shelf is not None and size(states) >= least:
+            return self.shelf.put(states)
+        return states.take(np.arange(len(states)))  # a slice would hold the states of all buckets as long as it waits
 
     def get_accumulator_coder(self) -> beam.coders.Coder:
         return TABLES

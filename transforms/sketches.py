@@ -65,10 +65,9 @@ class Lists:
     values: npt.NDArray[Any]
 
     @staticmethod
-    def of(column: pa.ChunkedArray) -> "Lists":
-        lists = column.combine_chunks()
-        lengths = pc.list_value_length(lists).fill_null(0).to_numpy().astype(np.int64)
-        return Lists(lengths, lists.flatten().to_numpy())
+    def of(column: pa.ChunkedArray | pa.ListArray) -> "Lists":
+        lists = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        return Lists(_lengths(lists), lists.flatten().to_numpy())
 
     def rows(self) -> Ints:
         """The group of every value."""
@@ -110,28 +109,96 @@ def collapse(table: pa.Table, states: Iterable[State], *, final: bool = False) -
     Without ``final`` only lists longer than PENDING are touched, so calling it after each merge costs little. With it
     every state takes its form of at most LIMIT values or a sketch; results and whatever is kept need that.
     """
-    for state in states:
-        if not isinstance(state, Sketch):
-            continue
+    for state in _sketches(states):
         raw, packed = Lists.of(table[state.raw]), Lists.of(table[state.packed])
-        long = (raw.lengths > LIMIT) | (packed.lengths > 0)
-        chosen = long if final else raw.lengths + packed.lengths > PENDING
-        if not chosen.any():
-            continue
-        made = _blockwise(state, raw.where(chosen), packed.where(chosen))
-        for name, old, new in zip((state.raw, state.packed), (raw, packed), made, strict=True):
-            field = table.schema.field(name)
-            column = old.replace(chosen, new).arrow(field.type)
-            table = table.set_column(table.schema.get_field_index(name), field, column)
+        if _chosen(raw, packed, final).any():
+            bounds = _bounds(raw.lengths + packed.lengths)
+            blocks = zip(raw.cut(bounds), packed.cut(bounds), strict=True)
+            table = _replaced(table, state, [_collapsed(state, *block, final) for block in blocks])
     return table
 
 
-def _blockwise(state: Sketch, raw: Lists, packed: Lists) -> tuple[Lists, Lists]:
-    """Some groups at a time: their keys fit 63 bits, their arrays the cache."""
-    sizes = np.cumsum(raw.lengths + packed.lengths + 2 * BLOCK // GROUPS)
-    bounds = np.unique(np.concatenate([[0], np.searchsorted(sizes, np.arange(BLOCK, sizes[-1], BLOCK)), [len(sizes)]]))
-    raws, packs = zip(*map(state.collapsed, raw.cut(bounds), packed.cut(bounds)), strict=True)
-    return Lists.joined(raws), Lists.joined(packs)
+def pointed(table: pa.Table, states: Iterable[State]) -> pa.Table:
+    """States to be merged, with the number of its row in place of each row's lists: a query is quick to gather those.
+
+    What merges them gives ``gathered`` the numbers of each group.
+    """
+    lists = [name for state in _sketches(states) for name in state.columns()]
+    for place, name in enumerate(lists):
+        kind = table.schema.field(name).type
+        column = pa.nulls(len(table), kind) if place else _numbers(len(table), kind)
+        table = table.set_column(table.schema.get_field_index(name), name, column)
+    return table
+
+
+def gathered(merged: pa.Table, table: pa.Table, states: Iterable[State], *, final: bool = False) -> pa.Table:
+    """What a query made of ``pointed`` states, with the lists of the rows that each group has, and those collapsed.
+
+    Some groups at a time, so that no more is held than the states before and after.
+    """
+    sketches = _sketches(states)
+    groups = Lists.of(merged[sketches[0].raw]) if sketches else None
+    for state in sketches:
+        assert groups is not None
+        raw, packed = table[state.raw].combine_chunks(), table[state.packed].combine_chunks()
+        sizes = (_lengths(raw) + _lengths(packed))[groups.values.astype(np.int64)]
+        blocks = []
+        for some in groups.cut(_bounds(_sums(sizes, groups.lengths))):
+            blocks.append(_collapsed(state, _taken(raw, some), _taken(packed, some), final))
+        merged = _replaced(merged, state, blocks)
+    return merged
+
+
+def _lengths(lists: pa.ListArray) -> Ints:
+    lengths: Ints = pc.list_value_length(lists).fill_null(0).to_numpy().astype(np.int64)
+    return lengths
+
+
+def _sketches(states: Iterable[State]) -> list[Sketch]:
+    return [state for state in states if isinstance(state, Sketch)]
+
+
+def _numbers(n: int, kind: pa.DataType) -> pa.Array:
+    return pa.ListArray.from_arrays(np.arange(n + 1, dtype=np.int32), pa.array(np.arange(n)).cast(kind.value_type))
+
+
+def _taken(column: pa.ListArray, groups: Lists) -> Lists:
+    """A list per group: those of its rows, one after the other."""
+    rows = Lists.of(column.take(pa.array(groups.values.astype(np.int64))))
+    return Lists(_sums(rows.lengths, groups.lengths), rows.values)
+
+
+def _sums(sizes: Ints, lengths: Ints) -> Ints:
+    """The sum of as many sizes as each length says."""
+    ends: Ints = np.concatenate([[0], np.cumsum(sizes)])[np.concatenate([[0], np.cumsum(lengths)])]
+    return np.diff(ends)
+
+
+def _bounds(sizes: Ints) -> Ints:
+    """Where to cut groups of so many values into blocks: their keys fit 63 bits, their arrays the cache."""
+    ends = np.cumsum(sizes + 2 * BLOCK // GROUPS)
+    cuts = np.searchsorted(ends, np.arange(BLOCK, ends[-1] if len(ends) else 0, BLOCK))
+    return np.unique(np.concatenate([[0], cuts, [len(ends)]]))
+
+
+def _chosen(raw: Lists, packed: Lists, final: bool) -> npt.NDArray[np.bool_]:
+    """Which groups are to be collapsed."""
+    return (raw.lengths > LIMIT) | (packed.lengths > 0) if final else raw.lengths + packed.lengths > PENDING
+
+
+def _collapsed(state: Sketch, raw: Lists, packed: Lists, final: bool) -> tuple[Lists, Lists]:
+    chosen = _chosen(raw, packed, final)
+    if not chosen.any():
+        return raw, packed
+    few, many = state.collapsed(raw.where(chosen), packed.where(chosen))
+    return raw.replace(chosen, few), packed.replace(chosen, many)
+
+
+def _replaced(table: pa.Table, state: Sketch, blocks: list[tuple[Lists, Lists]]) -> pa.Table:
+    for name, lists in zip((state.raw, state.packed), zip(*blocks, strict=True), strict=True):
+        field = table.schema.field(name)
+        table = table.set_column(table.schema.get_field_index(name), field, Lists.joined(lists).arrow(field.type))
+    return table
 
 
 COUNTS = 40

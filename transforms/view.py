@@ -18,7 +18,7 @@ from pipelines.transforms.chain import FAILURES, Chain, Outcome
 from pipelines.transforms.errors import DataRefused
 from pipelines.transforms.protect import Cipher
 from pipelines.transforms.ranges import EVERYTHING, Ranges, inside
-from pipelines.transforms.sketches import Sketch, collapse
+from pipelines.transforms.sketches import Sketch, collapse, gathered, pointed
 from pipelines.transforms.states import State
 from pipelines.transforms.windows import Window
 
@@ -79,7 +79,7 @@ class ViewPlan:
         if len(parts) < 2:
             return parts[0] if parts else self.partial_schema.empty_table()
         with self._overflow():
-            return collapse(query.run(self.merge, {"batch": pa.concat_tables(parts)}), self.states)
+            return self._gathered(self.merge, pa.concat_tables(parts))
 
     def finished(self, merged: pa.Table) -> pa.Table:
         """The answers (schema) of merged states. Every row of a key must be in this one table."""
@@ -89,8 +89,14 @@ class ViewPlan:
             if not any(isinstance(state, Sketch) for state in self.states):
                 both = f"WITH batch AS ({self.windowed}) SELECT * FROM ({self.result})"
                 return query.run(both, {"batch": merged})
-            windowed = collapse(query.run(self.windowed, {"batch": merged}), self.states, final=True)
+            windowed = self._gathered(self.windowed, merged, final=True)
             return query.run(self.result, {"batch": windowed})
+
+    def _gathered(self, sql: str, states: pa.Table, *, final: bool = False) -> pa.Table:
+        """What a query makes of states; the lists of sketches do not pass through it, that costs several times as much
+        time and memory."""
+        made = query.run(sql, {"batch": pointed(states, self.states)})
+        return gathered(made, states, self.states, final=final)
 
     @contextlib.contextmanager
     def _overflow(self) -> Iterator[None]:
@@ -128,10 +134,13 @@ def _coded(rows: pa.Table, names: Iterable[str]) -> tuple[pa.Table, dict[str, pa
     """The rows with these columns of text as int32 codes, and the text of each code: grouping by a code costs half."""
     texts = {}
     for name in names:
-        sample = rows[name].slice(0, SAMPLE)
-        if len(sample.unique()) * FEW > len(sample):
-            continue
-        chunks = rows[name].dictionary_encode().unify_dictionaries().chunks
+        column = rows[name]
+        if not pa.types.is_dictionary(column.type):
+            sample = column.slice(0, SAMPLE)
+            if len(sample.unique()) * FEW > len(sample):
+                continue
+            column = column.dictionary_encode()
+        chunks = column.unify_dictionaries().chunks
         texts[name] = chunks[0].dictionary
         codes = pa.chunked_array([chunk.indices for chunk in chunks])
         rows = rows.set_column(rows.schema.get_field_index(name), name, codes)

@@ -10,12 +10,13 @@ import apache_beam as beam
 import pyarrow as pa
 import pytest
 
-from pipelines import Count, Distinct, Pipeline, Quantile, Source, Sum, Tumbling, View
-from pipelines.transforms import aggregate
+from pipelines import Count, Distinct, Pipeline, Quantile, Session, Sliding, Source, Sum, Tumbling, View
+from pipelines.transforms import aggregate, query, sketches
 from pipelines.transforms.aggregate import Merge, Partial
 from pipelines.transforms.spill import Shelf, shelved, spill_folder
 from pipelines.transforms.tables import TABLES
 from pipelines.transforms.view import ViewPlan
+from pipelines.transforms.windows import Window
 
 BUCKETS = 3
 
@@ -27,8 +28,11 @@ class Visit:
     user: int
 
 
-def plan(**measures: Any) -> ViewPlan:
-    views = (View("hourly", by="key", window=Tumbling("1h"), n=Count(), **measures),)
+HOUR = Tumbling("1h")
+
+
+def plan(window: Window = HOUR, **measures: Any) -> ViewPlan:
+    views = (View("hourly", by="key", window=window, n=Count(), **measures),)
     return Pipeline("visits", source=Source(Visit, event_time="ts"), views=views).plan().views[0]
 
 
@@ -99,6 +103,28 @@ def test_what_waits_on_the_shelf_is_merged_as_in_memory(
     assert answers(SKETCHED, merged) == whole(SKETCHED, tables)
 
 
+@pytest.mark.parametrize("window", [HOUR, Sliding("2h", every="1h"), Session("30m")])
+@pytest.mark.parametrize("block", [100, 1 << 18])
+def test_lists_that_do_not_pass_through_a_query_are_those_it_would_make(
+    monkeypatch: pytest.MonkeyPatch, window: Window, block: int
+) -> None:
+    monkeypatch.setattr(sketches, "BLOCK", block)
+    of = plan(window, p95=Quantile("value", 0.95), users=Distinct("user"), p5=Quantile("value", 0.05, error=0.1))
+    tables = [of.partials(rows(n, seed)) for seed, n in enumerate((4, 4000, 900))]
+
+    def ordered(states: pa.Table) -> list[dict[str, Any]]:
+        found = states.to_pylist()  # the order of the values in a list is nobody's
+        return sorted(({k: sorted(v) if isinstance(v, list) else v for k, v in row.items()} for row in found), key=repr)
+
+    def listed(sql: str, states: pa.Table, *, final: bool) -> list[dict[str, Any]]:
+        return ordered(sketches.collapse(query.run(sql, {"batch": states}), of.states, final=final))
+
+    merged = of.merged(tables)
+    assert ordered(merged) == listed(of.merge, pa.concat_tables(tables), final=False)
+    finished = of.finished(merged)
+    assert ordered(finished.drop_columns(list(of.measures))) == listed(of.windowed, merged, final=True)
+
+
 def test_memory_holds_little_of_what_waits(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aggregate, "PENDING", 12_000)
     merge = Merge(SKETCHED, 1, shelf)
@@ -107,6 +133,18 @@ def test_memory_holds_little_of_what_waits(shelf: Shelf, monkeypatch: pytest.Mon
         accumulator = merge.add_input(accumulator, SKETCHED.partials(rows(50, seed)))
         assert sum(table.nbytes for table in accumulator if not shelved(table)) <= 12_000
     assert any(map(shelved, accumulator))
+
+
+@pytest.mark.parametrize("of", [SKETCHED, plan(total=Sum("value"))])
+def test_what_waits_in_memory_does_not_hold_the_states_of_other_buckets(shelf: Shelf, of: ViewPlan) -> None:
+    merge = Merge(of, BUCKETS, shelf)
+    accumulator = merge.create_accumulator()
+    for seed in range(3):
+        accumulator = merge.add_input(accumulator, of.partials(rows(3000, seed)).slice(7, 2))
+    waiting = accumulator[1:]
+    assert sum(map(len, waiting)) == 6
+    assert not any(map(shelved, waiting))
+    assert sum(table.get_total_buffer_size() for table in waiting) < 2 * sum(table.nbytes for table in waiting)
 
 
 def test_states_of_fixed_size_are_merged_in_memory(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
