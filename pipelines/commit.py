@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from pipelines.io.store import Pointer, open_store
 from pipelines.io.table import STAGED, Replace, Table
 from pipelines.options import Deployment
+from pipelines.scope import hour_end
 from pipelines.transforms.aggregate import ANSWERS
 from pipelines.transforms.conservation import SPAN, Conservation, merge
 from pipelines.transforms.errors import DataRefused
@@ -34,13 +35,15 @@ class Output:
 class Limits:
     """What the commit step knows of what was read. ranged: whether only a part was computed. stop: µs, where a range of
     files ends. through: µs, how far the rows of a lake reach; None for files. spoken: boundaries of views of all time.
-    skipped: views that were left as they are. told: a line for the report. noted: whether the notes of the outputs are
-    of this run, and not what they said before."""
+    endless: views of all time that speak to the end of the last hour that files have rows of. skipped: views that were
+    left as they are. told: a line for the report. noted: whether the notes of the outputs are of this run, and not what
+    they said before."""
 
     ranged: bool = False
     stop: int | None = None
     through: int | None = None
     spoken: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    endless: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     told: str | None = None
     noted: bool = True
@@ -89,9 +92,10 @@ class Commit(beam.DoFn):  # type: ignore[misc]
             output.table.commit(
                 every, token=self.token, version=output.version, replace=output.replace, note=output.note
             )
-        views = self._answered(answered)
+        spans = pa.concat_tables([SPAN.empty_table(), *spans])
+        views = self._answered(answered, pc.max(spans["last"]).as_py())
         self._flip(views)
-        self._tell(counts, pa.concat_tables([SPAN.empty_table(), *spans]), views)
+        self._tell(counts, spans, views)
 
     def _flip(self, views: dict[str, _Answered]) -> None:
         """A recomputed range leaves the boundary where it is: what lies after it was carried over. Rows of the speed
@@ -128,9 +132,13 @@ class Commit(beam.DoFn):  # type: ignore[misc]
                 f"--max_rejected={allowed}; nothing was committed. Most: {worst}"
             )
 
-    def _answered(self, answered: list[pa.Table]) -> dict[str, _Answered]:
+    def _answered(self, answered: list[pa.Table], last: int | None) -> dict[str, _Answered]:
+        """last: µs, the greatest event time."""
+        spoken = dict(self.limits.spoken)
+        if last is not None:
+            spoken |= dict.fromkeys(self.limits.endless, hour_end(last))
         found = {
-            output.name: _Answered(0, 0, self.limits.spoken.get(output.name, self.limits.stop))
+            output.name: _Answered(0, 0, spoken.get(output.name, self.limits.stop))
             for output in self.outputs
             if output.name not in ("events", "dead letters")
         }

@@ -26,6 +26,7 @@ from pipelines.transforms.windows import Duration
 class Reading:
     """scope: what is computed. stop: µs UTC, where a range of files ends. through: µs UTC, how far the rows of a lake
     reach; None for files. spoken: boundaries of views of all time: what is behind them is left to the speed layer.
+    endless: those of them that speak to where the rows of files end.
     note: of the tables' commits, so that a later run knows what is new; None where they keep theirs."""
 
     history: History
@@ -34,6 +35,7 @@ class Reading:
     stop: int | None = None
     through: int | None = None
     spoken: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    endless: tuple[str, ...] = ()
     note: Mapping[str, Any] | None = dataclasses.field(default_factory=dict)
 
     @property
@@ -41,7 +43,14 @@ class Reading:
         """What the commit step must know of it."""
         scope = self.scope
         return Limits(
-            scope.ranged, self.stop, self.through, dict(self.spoken), scope.skipped, scope.told, self.note is not None
+            ranged=scope.ranged,
+            stop=self.stop,
+            through=self.through,
+            spoken=dict(self.spoken),
+            endless=self.endless,
+            skipped=scope.skipped,
+            told=scope.told,
+            noted=self.note is not None,
         )
 
 
@@ -62,7 +71,7 @@ def reading(
             raise UserError("--since=last: only a lake knows what is new in it; give --lake=URI and no --history")
         history = files.plan(deployment.history or "", decoder.schema, extra=source.extra, invalid=source.invalid)
         assert history.format
-        return Reading(history, decoder, within, stop)
+        return Reading(history, decoder, within, stop, endless=() if within.ranged else scope.endless(plan.views))
     place = archive.lake(pipeline, deployment.lake)
     extent = place.extent()
     same = extent.dated == (place.dated(plan.event_time),)

@@ -101,11 +101,24 @@ def last(
     )
 
 
+def endless(views: Sequence[ViewPlan]) -> tuple[str, ...]:
+    """The views of all time, which the speed layer keeps by the hour."""
+    return tuple(view.name for view in views if isinstance(view.window, Whole))
+
+
 def spoken(views: Sequence[ViewPlan], through: int | None) -> dict[str, int]:
-    """Up to where a run over a lake may speak for the views of all time, which the speed layer keeps by the hour."""
-    if through is None:
-        return {}
-    return {view.name: through // _HOUR * _HOUR for view in views if isinstance(view.window, Whole)}
+    """Up to where a run over a lake may speak for the views of all time: whole hours, as more rows may come behind."""
+    return {} if through is None else dict.fromkeys(endless(views), through // _HOUR * _HOUR)
+
+
+def hour_end(last: int) -> int:
+    """Up to where a run over files speaks for the views of all time, all of whose rows it counts: to the end of the
+    last hour that it has rows of, as for a view of hours. last: µs, the greatest event time.
+
+    >>> hour_end(3_600_000_000), hour_end(3_599_999_999)
+    (7200000000, 3600000000)
+    """
+    return (last // _HOUR + 1) * _HOUR
 
 
 def _least(offsets: Sequence[Offsets]) -> Offsets:

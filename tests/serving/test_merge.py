@@ -2,14 +2,20 @@
 
 import datetime
 import functools
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 
 from pipelines.definition import Pipeline, Source, View
+from pipelines.io.store import LIVE, open_store
+from pipelines.options import Deployment
+from pipelines.run import run
+from pipelines.scope import hour_end
 from pipelines.serving.merge import merged
 from pipelines.transforms.differences import compared
 from pipelines.transforms.lateness import SINCE
@@ -88,6 +94,47 @@ def test_any_boundary_gives_what_one_layer_gives(window: Window, rows: list[Row]
     assert compared(plan, found, whole).first == () and len(found) == len(whole)
     before = merged(plan.schema.empty_table(), None, live, plan)
     assert compared(plan, before, whole).first == ()
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(rows=ROWS, cut=st.integers(-60, 14 * 60))
+@example(rows=[(59, "a", 1), (60, "a", 2)], cut=60)
+@example(rows=[(60, "a", 1), (61, "a", 2), (120, None, 3)], cut=61)
+def test_of_all_time_files_and_what_came_behind_them_count_each_row_once(rows: list[Row], cut: int) -> None:
+    """The log has all rows, files those before the cut: these speak to the end of their last hour."""
+    plan = pipeline(Whole()).plan().views[0]
+    read = [row for row in rows if row[0] < cut]
+    boundary = hour_end(max(micros(row[0]) for row in read)) if read else None
+    batch, live = answers(Whole(), read, live=False), answers(Whole(), rows, live=True)
+    behind = [row for row in rows if boundary is None or micros(row[0]) >= boundary]
+    expected = answers(Whole(), read + behind, live=False)
+    assert compared(plan, merged(batch, boundary, live, plan), expected).first == ()
+
+
+def test_a_run_over_files_speaks_for_all_time_to_the_end_of_their_last_hour(tmp_path: Path) -> None:
+    of, rows = pipeline(Whole()), list[Row]([(0, "a", 1), (61, "a", 2), (125, "b", 3)])
+    columns = {"at": [START + datetime.timedelta(minutes=at) for at, *_ in rows], "key": [*"aab"], "x": [1, 2, 3]}
+    pq.write_table(pa.table(columns).slice(0, 2), tmp_path / "rows.parquet")
+    deployment = Deployment(
+        history=f"{tmp_path}/rows.parquet",
+        warehouse=f"{tmp_path}/warehouse",
+        store=f"{tmp_path}/store",
+        dead_letters=f"{tmp_path}/dead",
+        report=f"{tmp_path}/run.json",
+    )
+    run(of, deployment)
+    live, view = of.plan(live=True).views[0], "p.v"
+    with open_store(f"{tmp_path}/store") as store:
+        store.resume(view, live.schema, (*live.by, "window_start"))
+        store.upsert(view, answers(Whole(), rows, live=True), generation=LIVE)
+        pointer = store.pointer(view)
+        assert pointer is not None and pointer.boundary == micros(120)
+        found = merged(store.scan(view), pointer.boundary, store.scan(view, generation=LIVE), of.plan().views[0])
+    assert found.select(["key", "n", "total"]).sort_by("key").to_pylist() == [
+        {"key": "a", "n": 2, "total": 3},
+        {"key": "b", "n": 1, "total": 3},
+    ]
 
 
 def test_what_only_the_batch_layer_knows_counts_before_the_boundary_and_nowhere_else() -> None:
