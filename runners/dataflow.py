@@ -29,15 +29,13 @@ from apache_beam.options.pipeline_options import (
 )
 
 from pipelines.runners import Detached
+from pipelines.runners.dataflow_jobs import LABEL, console
 from pipelines.runners.package import sdist
 from pipelines.transforms.errors import UserError
 
 DISTRIBUTED = True
 UNBOUNDED = True
 DEALT = False
-
-LABEL = "made-by=pipelines"
-"""Of every job that is submitted here."""
 
 _BATCH = ("--machine_type=n2-standard-2", "--number_of_worker_harness_threads=2", "--experiments=shuffle_mode=service")
 _STREAM = (
@@ -47,7 +45,6 @@ _STREAM = (
     "--dataflow_service_options=streaming_mode_exactly_once",
 )
 _ONCE = "streaming_mode_at_least_once"
-_CONSOLE = "https://console.cloud.google.com/dataflow/jobs/{}/{}?project={}"
 _FILES = ("gcsfs", "s3fs")
 """What reads a place by its scheme: extras of the package, so the workers must be told to install them."""
 
@@ -65,7 +62,7 @@ def run(build: Callable[[beam.Pipeline], None], flags: Sequence[str]) -> None:
         raise Detached(f"the template is at {google.template_location}")
     job = result.job_id()
     where = f"Dataflow job {job} of {google.project} in {google.region}"
-    print(f"{where}: {_CONSOLE.format(google.region, job, google.project)}", file=sys.stderr)
+    print(f"{where}: {console(google.project, google.region, job)}", file=sys.stderr)
     facts = {"project": google.project, "region": google.region, "job": job}
     if options.view_as(StandardOptions).streaming:
         raise Detached(f"{where} runs on by itself; pipelines jobs lists, shows, drains and stops it", facts)
@@ -86,7 +83,7 @@ def submit(build: Callable[[beam.Pipeline], None], flags: Sequence[str], folder:
     from apache_beam.runners.dataflow.dataflow_runner import DataflowRunner
 
     ours = _STREAM if "--streaming" in flags else _BATCH
-    options = PipelineOptions([*ours, f"--labels={LABEL}", *flags])
+    options = PipelineOptions([*ours, f"--labels={LABEL[0]}={LABEL[1]}", *flags])
     check(options)
     _package(options, folder)
     for module in list(sys.modules):
