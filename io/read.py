@@ -43,7 +43,7 @@ class ReadFiles(beam.PTransform):  # type: ignore[misc]
     def __post_init__(self) -> None:
         super().__init__()
 
-    def expand(self, start: beam.pvalue.PBegin | beam.PCollection) -> Any:
+    def expand(self, start: Any) -> Any:
         named = isinstance(start, beam.PCollection)
         splits = start if named else start | beam.Create(self.plan.splits, reshuffle=False)
         if self.distributed:
