@@ -4,6 +4,7 @@ ZooKeeper (Flink's own, out of its classes) is what a JobManager finds its jobs 
 was killed. All listen on 127.0.0.1 alone. Together about 2 GiB, and what the Python workers take.
 """
 
+import hashlib
 import json
 import shutil
 import sys
@@ -35,7 +36,7 @@ _SIZES = {
     "taskmanager.memory.framework.off-heap.size": "128m",
     "taskmanager.memory.network.min": "256m",
     "taskmanager.memory.network.max": "256m",
-    "taskmanager.memory.managed.size": "256m",  # what batch sorts in, and RocksDB's share
+    "taskmanager.memory.managed.size": "1g",  # what batch sorts in, and RocksDB's share
     "taskmanager.memory.jvm-metaspace.size": "192m",
     "taskmanager.memory.jvm-overhead.min": "128m",
     "taskmanager.memory.jvm-overhead.max": "128m",
@@ -60,8 +61,9 @@ def plan(folder: Path, port: Callable[[str], int], tell: Callable[[str], None], 
     tell(f"with {server.told(jar)}")
     settings = _settings(folder, port)
     _configure(folder, settings, port("zookeeper"))
-    classes = ("-cp", server.classpath(jar))
-    run = (server.java(), *java.JAVA, *_LOGS, f"-Djava.io.tmpdir={folder}/tmp")
+    classes = server.launched(jar)
+    digest = hashlib.blake2b(repr(settings).encode(), digest_size=4).hexdigest()  # members of other ones are replaced
+    run = (server.java(), *java.JAVA, *_LOGS, f"-Djava.io.tmpdir={folder}/tmp", f"-Dsettings={digest}")
     endpoint, rest = f"{_HOST}:{port('job server')}", f"{_HOST}:{port('rest')}"
     artifacts = f"--artifacts-dir={folder}/artifacts"
     ports = (f"--job-port={port('job server')}", f"--artifact-port={port('artifacts')}", "--expansion-port=0")
@@ -162,7 +164,7 @@ def _server(given: str | None) -> java.JobServer:
     return java.JobServer("Flink", MAIN, given, official)
 
 
-def _settings(folder: Path, port: Callable[[str], int]) -> dict[str, str | int | bool]:
+def _settings(folder: Path, port: Callable[[str], int]) -> dict[str, str | float]:
     """Flink's options. A restart strategy is none of them: so a job with checkpoints is tried again for ever, and one
     without, a batch, never, since what failed it once would again."""
     return {
@@ -182,6 +184,7 @@ def _settings(folder: Path, port: Callable[[str], int]) -> dict[str, str | int |
         "taskmanager.cpu.cores": float(SLOTS),
         "taskmanager.resource-id": "taskmanager",  # one that comes back takes the place of the dead one at once
         **_SIZES,
+        "taskmanager.network.sort-shuffle.min-buffers": 64,  # of each exchange of a batch, 32 KiB each; else 512
         "high-availability.type": "zookeeper",
         "high-availability.zookeeper.quorum": f"{_HOST}:{port('zookeeper')}",
         "high-availability.storageDir": f"file://{folder}/ha",
@@ -201,7 +204,7 @@ def _settings(folder: Path, port: Callable[[str], int]) -> dict[str, str | int |
     }
 
 
-def _configure(folder: Path, settings: Mapping[str, str | int | bool], port: int) -> None:
+def _configure(folder: Path, settings: Mapping[str, str | float], port: int) -> None:
     for name in ("conf", "tmp", "ha", "zookeeper", "checkpoints", "savepoints", "artifacts"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     lines = [f"{key}: {json.dumps(value)}\n" for key, value in settings.items()]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from pipelines.runners import clusters
+from pipelines.runners import clusters, launcher
 from pipelines.transforms.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,6 +87,17 @@ class JobServer:
         """The classes of a job server's jar, and so of the engine in it."""
         return f"{self._composed.parent}/lib/*" if jar == self._composed else str(jar)
 
+    def launched(self, jar: Path) -> list[str]:
+        """What Java is given to start any program with the classes of a job server's jar, and so of its engine."""
+        jars = sorted((self._composed.parent / "lib").glob("*.jar")) if jar == self._composed else [jar]
+        agent = self._composed.with_name("launcher.jar")
+        if not launcher.write(agent, jars):
+            print(
+                f"{self.engine}: its job server listens on all interfaces: {jar} is of a kind not known here",
+                file=sys.stderr,
+            )
+        return [f"-javaagent:{agent}", "-cp", f"{self._composed.parent}/none"]
+
     @property
     def _composed(self) -> Path:
         return clusters.folder(self.engine.lower()) / "job-server.jar"
@@ -122,19 +133,6 @@ class JobServer:
         names = " ".join(f"lib/{path.name}" for path in sorted((place / "lib").glob("*.jar")))
         made = self._composed.with_suffix(".new")
         with zipfile.ZipFile(made, "w") as archive:
-            archive.writestr("META-INF/MANIFEST.MF", _manifest({"Main-Class": self.main, "Class-Path": names}))
+            archive.writestr("META-INF/MANIFEST.MF", launcher.manifest({"Main-Class": self.main, "Class-Path": names}))
         made.rename(self._composed)
         shutil.copyfile(self._pom, self._stamp)
-
-
-def _manifest(entries: dict[str, str]) -> str:
-    """A manifest's lines have at most 72 bytes; what is longer goes on after a space.
-
-    >>> [len(line) for line in _manifest({"Class-Path": "a" * 80}).splitlines()]
-    [21, 70, 23]
-    """
-    lines = []
-    for name, value in {"Manifest-Version": "1.0", **entries}.items():
-        line = f"{name}: {value}"
-        lines += [line[:70], *(f" {line[at : at + 69]}" for at in range(70, len(line), 69))]
-    return "\r\n".join([*lines, ""])
