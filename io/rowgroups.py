@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO
 
 import pyarrow as pa
@@ -68,8 +68,10 @@ def read(split: Split) -> Iterator[pa.Table]:
     64 MB each, in chunks. Raises UserError where the file is damaged.
     """
     at, gathered, size = split.first, [], 0
+    groups = range(split.start, split.stop or 0)
     with _opened(split.file) as parquet:
-        groups = range(split.start, split.stop or 0)
+        coded = _coded(parquet, groups, split.columns)
+    with _opened(split.file, coded) as parquet:
         # One thread: who reads ahead is the caller. Small steps: what dictionaries unfold to is known only afterwards.
         for batch in parquet.iter_batches(STEP, row_groups=groups, columns=list(split.columns), use_threads=False):
             gathered.append(batch)
@@ -87,12 +89,28 @@ def _table(source: str, first: int, batches: list[pa.RecordBatch]) -> pa.Table:
     return table.append_column(SOURCE, name).append_column(OFFSET, offset)
 
 
+def _coded(parquet: pq.ParquetFile, groups: range, columns: tuple[str, ...]) -> list[str]:
+    """The columns of text of which the file has codes, all through: to read these as they are costs half."""
+    found = []
+    meta = parquet.metadata
+    for index in range(meta.num_columns):
+        name = meta.schema.column(index).path
+        if name in columns and pa.types.is_string(parquet.schema_arrow.field(name).type):
+            stored = [meta.row_group(group).column(index) for group in groups]
+            # Codes have at most 4 bytes; where the dictionary grew too large, text follows them.
+            small = (part.has_dictionary_page and part.total_uncompressed_size < 4 * part.num_values for part in stored)
+            found += [name] if all(small) else []
+    return found
+
+
 @contextlib.contextmanager
-def _opened(file: File) -> Iterator[pq.ParquetFile]:
+def _opened(file: File, coded: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
+    """coded: the columns that come as dictionaries."""
     with _damage(file), _seekable(file) as handle:
         # Of a remote file all columns of a split are fetched side by side, before they are decoded. Of a local one
         # that would only hold them (400 MB for a file of 30M rows).
-        yield pq.ParquetFile(handle, pre_buffer=not file.local, buffer_size=1 << 18 if file.local else 0)
+        how = {"pre_buffer": not file.local, "buffer_size": 1 << 18 if file.local else 0}
+        yield pq.ParquetFile(handle, read_dictionary=list(coded), **how)
 
 
 @contextlib.contextmanager

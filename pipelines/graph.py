@@ -107,7 +107,10 @@ def decoding(pipeline: Pipeline, plan: Plan) -> Decoder:
     used = tuple(f for f in source.schema.fields if f.name in plan.columns or source.extra != "ignore")
     schema = dataclasses.replace(source.schema, fields=used)  # an unused column would be one that we do not know
     cipher = Cipher(Key.load(), PURPOSE) if source.schema.personal else None
-    return Decoder(schema, pipeline.name, source.extra, source.invalid, None, cipher)
+    chains = (plan.chain, *(view.chain for view in plan.views if view.chain is not None))
+    asked = all(isinstance(stage, SqlStage) for chain in chains for stage in chain.stages)  # by queries alone
+    coded = asked and not (source.identities or pipeline.events)
+    return Decoder(schema, pipeline.name, source.extra, source.invalid, None, cipher, coded)
 
 
 def _output(name: str, table: Table, read: Reading) -> Output:

@@ -27,8 +27,14 @@ _LAST_DAY = (datetime.date.max - _EPOCH).days
 _MICROS = 86_400_000_000
 
 
-def conform(values: pa.ChunkedArray, field: Field) -> tuple[pa.ChunkedArray, list[Fault]]:
+CODES = pa.dictionary(pa.int32(), pa.string())
+"""Text as codes: a column of few values in a fraction of the memory."""
+
+
+def conform(values: pa.ChunkedArray, field: Field, coded: bool = False) -> tuple[pa.ChunkedArray, list[Fault]]:
     """The column in the field's type, null where a value cannot be taken; zero-copy when the type is right already.
+
+    coded: text that comes as CODES stays so.
 
     >>> from pipelines.transforms.schema import RowSchema
     >>> class Row:
@@ -38,6 +44,11 @@ def conform(values: pa.ChunkedArray, field: Field) -> tuple[pa.ChunkedArray, lis
     ([1, None], 'invalid int in n', [1])
     """
     chunks, faults, at = [], [], 0
+    if values.type == CODES and pa.types.is_string(field.type):
+        if coded and all(readable(chunk.dictionary).null_count == 0 for chunk in values.chunks):
+            missing = Fault(positions(values.is_null()), f"null in {field.name}", missing=True)
+            return values, [] if field.nullable or not values.null_count else [missing]
+        values = values.cast(field.type)
     for chunk in values.chunks:
         array, found = _conform(chunk, field)
         faults += [dataclasses.replace(fault, rows=fault.rows + at) for fault in found]

@@ -48,7 +48,8 @@ class Decoder:
 
     extra: a column the schema does not have: ignore, keep (in `_extra`), reject the row, or stop the run. invalid: a
     value of another type: reject the row, take it as null, or stop. form: how to read payloads of raw tables that do
-    not say it themselves. A null in a column that may not be null is rejected. Stopping raises DataRefused.
+    not say it themselves. coded: text that comes as codes (dictionary<int32, string>) stays so. A null in a column that
+    may not be null is rejected. Stopping raises DataRefused.
 
     >>> class Row:
     ...     n: int
@@ -64,6 +65,7 @@ class Decoder:
     invalid: Invalid = "reject"
     form: Form | None = None
     cipher: Cipher | None = None
+    coded: bool = False
 
     def decode(self, table: pa.Table) -> Decoded:
         """Good rows in order, and dead letters with step "decode". A table that is right already is not copied."""
@@ -121,7 +123,7 @@ class Decoder:
             values = column_at(parsed.columns, field)
             if values is None:
                 values = pa.chunked_array([pa.nulls(length, field.type)])
-            column, found = conform(values, field)
+            column, found = conform(values, field, self.coded)
             for fault in found:
                 self._fault(fault, values, table, parsed, faults)
             columns.append(column)
@@ -131,7 +133,9 @@ class Decoder:
             self._judge(extras, table, parsed, faults)
             columns += [extras] if self.extra == "keep" else []
         columns += [kept[place.name] for place in _PLACES if place.name in kept.column_names]
-        return pa.Table.from_arrays(columns, schema=self.arrow(table.column_names)), faults
+        fields = self.arrow(table.column_names)
+        typed = (field.with_type(column.type) for field, column in zip(fields, columns, strict=True))
+        return pa.Table.from_arrays(columns, schema=pa.schema(typed)), faults
 
     def arrow(self, given: Sequence[str]) -> pa.Schema:
         """The schema of the rows of a table with these columns."""

@@ -30,6 +30,7 @@ from pipelines.io import text
 from pipelines.io.files import Plan, plan, read
 from pipelines.io.read import ReadFiles
 from pipelines.io.text import record_ends
+from pipelines.transforms.conform import CODES
 from pipelines.transforms.conservation import merge
 from pipelines.transforms.decoder import Decoder
 from pipelines.transforms.delimited import Csv
@@ -331,6 +332,18 @@ def test_parquet_of_the_right_types_is_not_copied(tmp_path: Path) -> None:
     rows = Decoder(READING, "p").decode(table).rows
     for name in (*READING.names, "_source", "_offset"):
         assert rows[name].chunk(0).buffers()[1].address == table[name].chunk(0).buffers()[1].address
+
+
+@pytest.mark.parametrize(("values", "coded"), [(["aa", "ü", None], True), ([f"id {n}" for n in range(9_999)], False)])
+def test_text_comes_as_codes_where_parquet_has_codes(tmp_path: Path, values: list[str | None], coded: bool) -> None:
+    texts = (values * 10_000)[:9_999]
+    pq.write_table(pa.table({"id": range(9_999), "text": texts}), tmp_path / "x.parquet", row_group_size=4_000)
+    found = pa.concat_tables(read(plan(f"{tmp_path}/x.parquet", NOTE).splits[0]))
+    assert (found["text"].type == CODES) == coded
+    for asked in (True, False):
+        rows = Decoder(NOTE, "p", coded=asked).decode(found).rows
+        assert rows["text"].type == (CODES if coded and asked else pa.string())
+        assert rows["text"].to_pylist() == texts
 
 
 # What the user can mend: one line that names the file, and what to do

@@ -1,5 +1,6 @@
 """The graph as Beam sees it: every PCollection of tables has the tables' coder, on both ways of de-duplication."""
 
+import dataclasses
 import datetime
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,22 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
-from pipelines import Check, Count, Dimension, Explode, Lookup, Pipeline, Session, Source, Sum, Tumbling, View, graph
+from pipelines import (
+    Check,
+    Count,
+    Dimension,
+    Explode,
+    Lookup,
+    Min,
+    Pipeline,
+    Session,
+    Source,
+    Sum,
+    Tumbling,
+    View,
+    graph,
+)
+from pipelines.io import files
 from pipelines.io.table import open_table
 from pipelines.options import Deployment
 from pipelines.transforms.errors import DataRefused
@@ -128,6 +144,37 @@ def test_the_same_answer_whether_identities_are_found_on_disk_or_by_a_shuffle(
         ("step 1 (Check)", "known"),
         ("step 2 (Check) of view 'products'", "paid"),
     ]
+
+
+def test_the_same_answer_from_a_file_of_codes_and_one_of_text(deployment: Deployment, tmp_path: Path) -> None:
+    source = Source(Order, event_time='"at"')
+    repeated = dataclasses.replace(
+        ORDERS, source=source, views=(*ORDERS.views, View("lands", by="land", least=Min("country")))
+    )
+    rows = [order(number, ("FR", "DE", "XX", "ÖS")[number % 4], number % 3) for number in range(2_000)]
+    found = []
+    for way in (True, False):
+        place = tmp_path / str(way)
+        place.mkdir()
+        pq.write_table(pa.Table.from_pylist(rows, source.schema.arrow), place / "orders.parquet", use_dictionary=way)
+        there = dataclasses.replace(
+            deployment,
+            history=str(place / "orders.parquet"),
+            warehouse=str(place / "warehouse"),
+            store=None,
+            dead_letters=str(place / "dead"),
+        )
+        prepared = graph.prepare(repeated, there)
+        kinds = {table["country"].type for split in prepared.history.splits for table in files.read(split)}
+        assert {pa.types.is_dictionary(kind) for kind in kinds} == {way}
+        root = beam.Pipeline(runner=FnApiRunner(), options=PipelineOptions([]))
+        graph.build(root, prepared, spill=tmp_path)
+        root.run().wait_until_finish()
+        dead = open_table(str(place / "dead/orders")).dataset().to_table().drop_columns("source")
+        views = [answers(place, view.name) for view in repeated.views]
+        found.append((views, sorted(map(str, dead.to_pylist()))))
+    assert found[0] == found[1]
+    assert all(found[0][0]) and len(found[0][1]) > 500
 
 
 def answers(place: Path, view: str) -> list[tuple[object, ...]]:

@@ -595,3 +595,17 @@ def test_the_beam_part_gives_rows_dead_letters_and_tallies_with_their_coder() ->
         total = decoded.tallies | beam.combiners.ToList() | "sum" >> beam.Map(lambda tables: merge(tables).to_pylist())
         wanted = [{"part": "source", "counter": "rejected", "reason": "invalid int in x", "n": 2}]
         assert_that(total, equal_to([wanted]), "t")
+
+
+@pytest.mark.parametrize("coded", [True, False])
+def test_codes_are_judged_as_the_text_they_stand_for(coded: bool) -> None:
+    bad = pa.array([b"ok", b"\xff", None, b"ok"], pa.binary()).view(pa.string()).dictionary_encode()
+    decoded = Decoder(row(str), "p", coded=coded).decode(typed(x=bad))
+    assert decoded.rows["x"].to_pylist() == ["ok", "ok"]
+    assert decoded.dead is not None
+    assert decoded.dead["reason"].to_pylist() == ["invalid str in x", "null in x"]
+    good = pa.array(["a", None, "a"]).dictionary_encode()
+    decoded = Decoder(row(str), "p", coded=coded).decode(typed(x=good))
+    assert decoded.rows["x"].to_pylist() == ["a", "a"]
+    assert decoded.dead is not None and decoded.dead["offset"].to_pylist() == [1]
+    assert pa.types.is_dictionary(decoded.rows["x"].type) == coded
