@@ -7,7 +7,7 @@ defers the rest, so what an engine checkpoints is positions: offsets, and the ev
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import apache_beam as beam
@@ -19,6 +19,7 @@ from apache_beam.utils.timestamp import MIN_TIMESTAMP, Duration, Timestamp
 
 from pipelines.io.log import Bounds, Log, open_log
 from pipelines.transforms import tables  # noqa: F401  (registers the coder of pa.Table)
+from pipelines.transforms.conservation import tally
 from pipelines.transforms.intake import Intake, Taken
 from pipelines.transforms.lateness import IDLE_AFTER, NEVER, Position
 
@@ -28,8 +29,12 @@ BUNDLE = 0.2
 POLL = 0.05
 """Seconds until a share that is read to its end is read again."""
 
-Until = Literal["end"] | int | None
-"""When a source ends: "end", when it has read what the log held at first; µs, when its watermark is there; or never."""
+PLACES = pa.schema([("partition", pa.string()), ("offset", pa.int64()), ("watermark", pa.int64())])
+"""How far partitions were read: the next offset of each, and its watermark (µs, or NEVER)."""
+
+Until = Literal["end"] | Mapping[str, int] | int | None
+"""When a source ends: "end", when it has read what the log held at first; or up to an offset of each partition; µs,
+when its watermark is there; or never."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +85,8 @@ class ShareCoder(beam.coders.Coder):  # type: ignore[misc]
 @dataclasses.dataclass
 class Follow(beam.PTransform):  # type: ignore[misc]
     """The rows of a log, from its first retained offset on. Outputs, all of pa.Table: ``rows`` (the intake's, of one
-    partition each, in offset order), ``dead`` (DEAD_LETTERS), ``tallies`` (TALLY).
+    partition each, in offset order), ``dead`` (DEAD_LETTERS), ``tallies`` (TALLY), ``places`` (PLACES, after every
+    bundle that moved on).
 
     Guarantee: every message is read once, and a bundle that is tried again gives the same. Its watermark is the least
     that the Intake reports over the partitions; one without backlog moves with the clock from ``IDLE_AFTER`` on.
@@ -115,8 +121,10 @@ class Follow(beam.PTransform):  # type: ignore[misc]
 
     def expand(self, start: beam.pvalue.PBegin) -> Any:
         read = _Read(self.uri, self.intake, self.until, self.clock)
-        part = beam.ParDo(read).with_output_types(pa.Table, dead=pa.Table, tallies=pa.Table)
-        return start | beam.Create([None], reshuffle=False) | part.with_outputs("dead", "tallies", main="rows")
+        part = beam.ParDo(read).with_output_types(pa.Table, dead=pa.Table, tallies=pa.Table, places=pa.Table)
+        return (
+            start | beam.Create([None], reshuffle=False) | part.with_outputs("dead", "tallies", "places", main="rows")
+        )
 
 
 class _Tracker(RestrictionTracker):  # type: ignore[misc]
@@ -156,6 +164,10 @@ class _Read(beam.DoFn, RestrictionProvider, WatermarkEstimatorProvider):  # type
     def __init__(self, uri: str, intake: Intake, until: Until, clock: Callable[[], float]) -> None:
         self._uri, self._intake, self._until, self._clock = uri, intake, until, clock
         self._opened: Log | None = None
+        self._stops = dict(until) if isinstance(until, Mapping) else None
+        if until == "end":
+            with open_log(uri) as log:
+                self._stops = {name: held.end for name, held in log.bounds().items()}
 
     @property
     def _log(self) -> Log:
@@ -171,13 +183,25 @@ class _Read(beam.DoFn, RestrictionProvider, WatermarkEstimatorProvider):  # type
 
     def initial_restriction(self, _: None) -> Share:
         """Every partition that has had a row; the others are discovered."""
-        ends, now = self._until == "end", self._clock()
+        now = self._clock()
         readings = (
-            Reading(name, Position(held.start), now, held.end if ends else None)
+            Reading(name, Position(held.start), now)
             for name, held in self._log.bounds().items()
-            if held.end and not (ends and held.start == held.end)
+            if held.end and not (self._stops is not None and held.start >= self._stops.get(name, 0))
         )
-        return Share(tuple(readings), discovers=not ends)
+        return self._limited(Share(tuple(readings), discovers=True))
+
+    def _limited(self, share: Share) -> Share:
+        """As this run is to end: it may resume one that was to end otherwise."""
+        stops = self._stops
+        if stops is None:
+            readings = (dataclasses.replace(reading, stop=None) for reading in share.readings)
+            return dataclasses.replace(share, readings=tuple(readings))
+        readings = (
+            dataclasses.replace(reading, stop=stops.get(reading.partition, reading.position.offset))
+            for reading in share.readings
+        )
+        return dataclasses.replace(share, readings=tuple(readings), discovers=False)
 
     def split(self, _: None, share: Share) -> Iterator[Share]:
         """A share for each partition, of which the last discovers."""
@@ -214,7 +238,11 @@ class _Read(beam.DoFn, RestrictionProvider, WatermarkEstimatorProvider):  # type
         tracker: Any = beam.DoFn.RestrictionParam(),  # noqa: B008  (Beam's way to ask for it)
         estimator: Any = beam.DoFn.WatermarkEstimatorParam(),  # noqa: B008
     ) -> Iterator[Any]:
-        share, end = tracker.current_restriction(), time.monotonic() + BUNDLE
+        share, end = self._limited(tracker.current_restriction()), time.monotonic() + BUNDLE
+        before = {reading.partition: reading.position for reading in share.readings}
+        places = dict(before)
+        if not tracker.try_claim((share, None, 0)):
+            return
         while share.readings or share.discovers:
             bounds = self._log.bounds()
             share = self._discovered(share, bounds)
@@ -223,14 +251,28 @@ class _Read(beam.DoFn, RestrictionProvider, WatermarkEstimatorProvider):  # type
                 if not tracker.try_claim((share, taken, _backlog(share, bounds))):
                     return
                 yield from _outputs(taken)
+            places |= {reading.partition: reading.position for reading in share.readings}
             share = self._left(share)
             tracker.try_claim((share, None, 0))
             if share.readings:
                 estimator.set_watermark(_timestamp(share.watermark(self._intake.disorder)))
             waits = _backlog(share, bounds) == 0
             if (share.readings or share.discovers) and (waits or time.monotonic() > end):
+                yield from self._places(before, places)
                 tracker.defer_remainder(Duration(POLL if waits else 0))
                 return
+        yield from self._places(before, places)
+        yield beam.pvalue.TaggedOutput("tallies", tally("source", "read", 0))  # its end is told, if nothing else is
+
+    def _places(self, before: dict[str, Position], now: dict[str, Position]) -> Iterator[Any]:
+        moved = {name: position for name, position in now.items() if position != before.get(name)}
+        if moved:
+            columns = [
+                list(moved),
+                [position.offset for position in moved.values()],
+                [position.watermark(self._intake.disorder) for position in moved.values()],
+            ]
+            yield beam.pvalue.TaggedOutput("places", pa.table(columns, schema=PLACES))
 
     def _discovered(self, share: Share, bounds: dict[str, Bounds]) -> Share:
         if not share.discovers:

@@ -192,6 +192,12 @@ class Turns:
         for name in gone:
             _KEPT.drop((self.uri, name.removesuffix(".arrow")))
 
+    def clear(self) -> None:
+        """Removes every turn, latest first, and its files: for the owner."""
+        gone = sorted((name for name in self._folder.names() if _OURS.fullmatch(name)), reverse=True)
+        self._folder.remove(sorted(gone, key=lambda name: not name.startswith("turn-")))
+        self._synced, self._before = frozenset(), None
+
     def _turn(self, number: int) -> Turn:
         file = _file(number)
         try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import sys
 import threading
@@ -12,7 +13,10 @@ from typing import TextIO
 import fsspec
 import pyarrow as pa
 
+from pipelines.reached import Reached
 from pipelines.transforms.conservation import TALLY, Conservation
+
+EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 PATIENCE = 30.0
 """Seconds without a count that moves, after which what is missing is no longer on its way."""
@@ -21,40 +25,62 @@ SECONDS = 5.0
 """Between two lines."""
 
 
-def counted(facts: str) -> Conservation:
-    """What a stream has written of its counts; nothing before the first."""
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a stream has written of itself. reached: None where its engine does not tell how far it is."""
+
+    counts: Conservation
+    reached: Reached | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether its input is over, and all of it counted."""
+        return self.reached is not None and self.reached.ended
+
+
+def facts(uri: str) -> Facts:
+    """What a stream has written; nothing before the first."""
     try:
-        with fsspec.open(facts, "rt", encoding="utf-8") as file:
-            rows = json.load(file)["tallies"]
+        with fsspec.open(uri, "rt", encoding="utf-8") as file:
+            told = json.load(file)
     except (OSError, ValueError):  # not written yet, or being written
-        rows = []
-    return Conservation.of(pa.Table.from_pylist(rows, TALLY))
+        return Facts(Conservation.of(TALLY.empty_table()))
+    reached = told.get("reached")
+    counts = Conservation.of(pa.Table.from_pylist(told["tallies"], TALLY))
+    return Facts(counts, None if reached is None else Reached.of(reached))
+
+
+def counted(uri: str) -> Conservation:
+    """What a stream has counted."""
+    return facts(uri).counts
 
 
 @dataclasses.dataclass
 class Drift:
-    """Tells, from counts that are looked at again and again, those that do not add up and no longer move.
+    """Tells, from facts that are looked at again and again, counts that do not add up, no longer move, and are not of
+    rows that are still on their way: a slow or stuck engine loses nothing.
 
     >>> from pipelines.transforms.conservation import merge, tally
-    >>> lost = Conservation.of(merge([tally("source", "read", 3), tally("source", "kept", 2)]))
+    >>> lost = Facts(Conservation.of(merge([tally("source", "read", 3), tally("source", "kept", 2)])))
     >>> drift = Drift()
     >>> drift.of(lost, at=0.0), drift.of(lost, at=PATIENCE)
     ([], ['read 3 = kept 2 + filtered 0 + rejected 0 + late 0 + duplicate 0 is off by 1: rows were lost'])
     """
 
-    last: Conservation | None = None
+    last: tuple[Conservation, bool] | None = None
     since: float = 0.0
 
-    def of(self, counts: Conservation, at: float) -> list[str]:
+    def of(self, facts: Facts, at: float) -> list[str]:
         """The broken laws, once they stay so. at: seconds of a clock."""
-        if counts != self.last:
-            self.last, self.since = counts, at
-        return counts.violations() if at - self.since >= PATIENCE else []
+        arrived = facts.reached is None or facts.reached.settled
+        if not arrived or self.last != (facts.counts, arrived):
+            self.last, self.since = (facts.counts, arrived), at
+        return facts.counts.violations() if at - self.since >= PATIENCE else []
 
 
 @contextlib.contextmanager
 def shown(
-    title: str, facts: str, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    title: str, uri: str, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[None]:
     """A line now and then of how far a stream is, and of what drifts, on stderr."""
     end, out, drift = threading.Event(), stream or sys.stderr, Drift()
@@ -62,11 +88,11 @@ def shown(
     def lines() -> None:
         before, at = 0, clock()
         while not end.wait(SECONDS):
-            counts, now = counted(facts), clock()
-            rows, rate = counts.rows, (counts.rows["read"] - before) / max(now - at, 1e-9)
-            told = f"{rows['read']:,} rows · {max(rate, 0):,.0f} rows/s · late {rows['late']:,}"
-            print(f"{title}: {told} · rejected {rows['rejected']:,}", file=out, flush=True)
-            for law in drift.of(counts, now):
+            told, now = facts(uri), clock()
+            rows, rate = told.counts.rows, (told.counts.rows["read"] - before) / max(now - at, 1e-9)
+            line = f"{rows['read']:,} rows · {max(rate, 0):,.0f} rows/s · late {rows['late']:,}"
+            print(f"{title}: {line} · rejected {rows['rejected']:,}{_through(told)}", file=out, flush=True)
+            for law in drift.of(told, now):
                 print(f"{title}: ALERT: {law}", file=out, flush=True)
             before, at = rows["read"], now
 
@@ -77,3 +103,10 @@ def shown(
     finally:
         end.set()
         thread.join()
+
+
+def _through(told: Facts) -> str:
+    if told.reached is None or told.reached.through is None:
+        return ""
+    moment = EPOCH + datetime.timedelta(microseconds=told.reached.through)
+    return f" · complete through {moment.replace(tzinfo=None).isoformat(' ', 'seconds')} UTC"

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
-import json
 import signal
 import sys
 import threading
@@ -19,13 +18,10 @@ from typing import Any
 import apache_beam as beam
 import fsspec
 import pyarrow as pa
-from apache_beam.metrics import Metrics
 from apache_beam.pvalue import TaggedOutput
-from apache_beam.transforms import trigger
-from apache_beam.transforms.userstate import BagStateSpec
-from apache_beam.transforms.window import GlobalWindows
 
-from pipelines import drift, report
+from pipelines import drift, job, report, resume
+from pipelines.counting import Counted, Every, Sum
 from pipelines.definition import Dimension, Pipeline
 from pipelines.dimensions import whole
 from pipelines.io.follow import Follow, Until
@@ -34,12 +30,11 @@ from pipelines.io.store import LIVE, open_store
 from pipelines.io.table import Table
 from pipelines.io.upsert import Deliver, epoch
 from pipelines.layer import Layer, layer
-from pipelines.live import _some
+from pipelines.live import _iso, _some
 from pipelines.options import Deployment
-from pipelines.runners import Engine
-from pipelines.transforms import tables
+from pipelines.reached import Reached
+from pipelines.runners import Engine, Following, Resumable
 from pipelines.transforms.buckets import split
-from pipelines.transforms.conservation import merge
 from pipelines.transforms.deadletters import DEAD_LETTERS, unheld
 from pipelines.transforms.dedupe_stream import DedupeStream
 from pipelines.transforms.errors import DataRefused
@@ -47,6 +42,9 @@ from pipelines.transforms.lateness import EXPIRES
 from pipelines.transforms.open_windows import Open
 from pipelines.transforms.speed import OpenView
 from pipelines.transforms.windows import Session
+
+_AGAIN = 10.0
+"""Seconds in which a job that goes on from before its end tells something."""
 
 BUCKETS = 4
 """Parts of the state of a view, or of the identities: as many workers can share it."""
@@ -89,6 +87,7 @@ class Stream:
     trigger: int | None = None
     until: Until = None
     dealt: bool = False
+    watched: bool = False
     clock: Callable[[], float] = time.time
 
 
@@ -121,10 +120,12 @@ def build(root: beam.Pipeline, stream: Stream) -> None:
         dead.append(parts.dead)
         tallies += [parts.tallies, moved.tallies]
         _deliver(moved, view, stream)
-    letters = dead | "dead letters" >> beam.Flatten() | "some letters" >> _Every(stream.trigger)
+    letters = dead | "dead letters" >> beam.Flatten() | "some letters" >> Every(stream.trigger)
     _ = letters | "commit" >> beam.ParDo(_Letters(layer.dead_letters))
-    counted = tallies | "tallies" >> beam.Flatten() | "sum" >> beam.ParDo(_Sum())
-    _ = counted | "some tallies" >> _Every(stream.trigger) | "count" >> beam.ParDo(_Count(stream.facts))
+    counted = [tallies | "tallies" >> beam.Flatten() | "sum" >> beam.ParDo(Sum())]
+    if stream.watched:
+        counted.append(followed.places)
+    _ = counted | "facts" >> beam.Flatten() | Counted(stream.trigger, stream.facts, stream.clock)
 
 
 def _deliver(moved: Any, view: OpenView, stream: Stream) -> None:
@@ -175,60 +176,6 @@ def _counted(dead: pa.Table, tallies: pa.Table) -> Iterator[TaggedOutput]:
         yield TaggedOutput("dead", dead)
 
 
-@dataclasses.dataclass
-class _Every(beam.PTransform):  # type: ignore[misc]
-    """Tables to some of them together, in one place, every so many µs (None: each by itself)."""
-
-    micros: int | None
-
-    def __post_init__(self) -> None:
-        super().__init__()
-
-    def expand(self, given: beam.PCollection) -> beam.PCollection:
-        keyed = given | "key" >> beam.Map(lambda table: (0, table)).with_output_types(tuple[int, pa.Table])
-        seconds = trigger.AfterProcessingTime(max(1, (self.micros or 0) // 1_000_000))
-        fired = trigger.Repeatedly(trigger.AfterCount(1) if self.micros is None else seconds)
-        discarding = trigger.AccumulationMode.DISCARDING
-        return keyed | beam.WindowInto(GlobalWindows(), trigger=fired, accumulation_mode=discarding) | beam.GroupByKey()
-
-
-@beam.typehints.with_input_types(pa.Table)
-@beam.typehints.with_output_types(pa.Table)
-class _Sum(beam.DoFn):  # type: ignore[misc]
-    """The tallies of a bundle as one, and as counters of the engine."""
-
-    def start_bundle(self) -> None:
-        self._tallies: list[pa.Table] = []
-
-    def process(self, counted: pa.Table) -> None:
-        self._tallies.append(counted)
-
-    def finish_bundle(self) -> Iterator[Any]:
-        counted = merge(self._tallies)
-        for row in counted.to_pylist():
-            Metrics.counter("pipelines", f"{row['part']} {row['counter']} {row['reason']}".strip()).inc(row["n"])
-        if len(counted):
-            yield GlobalWindows.windowed_value(counted)
-
-
-_COUNTS = beam.DoFn.StateParam(BagStateSpec("counts", tables.TableCoder()))
-
-
-@beam.typehints.with_input_types(tuple[int, Iterable[pa.Table]])
-class _Count(beam.DoFn):  # type: ignore[misc]
-    """All that was counted so far, as JSON: what was read and is nowhere else is on its way, or lost."""
-
-    def __init__(self, facts: str) -> None:
-        self.facts = facts
-
-    def process(self, element: tuple[int, Iterable[pa.Table]], counts: Any = _COUNTS) -> None:
-        all_ = merge([*counts.read(), *element[1]])
-        counts.clear()
-        counts.add(all_)
-        with fsspec.open(self.facts, "wt", encoding="utf-8") as file:
-            json.dump({"tallies": all_.to_pylist()}, file)
-
-
 @beam.typehints.with_input_types(tuple[int, Iterable[pa.Table]])
 class _Letters(beam.DoFn):  # type: ignore[misc]
     """Dead letters into their table, in one place, without those that it has: trying again adds nothing."""
@@ -258,40 +205,93 @@ def run(
 ) -> dict[str, Any]:
     """Streams until ``deployment.until``, or until it is stopped; answers the facts of a report.
 
+    Where its engine is Resumable, a run goes on from what the last one with these options has kept, however that ended.
     clock: seconds, of which the job's epoch is made, and by which a partition is idle. Raises DataRefused if in the end
-    the conservation law is broken.
+    the conservation law is broken, UserError where what is kept is of another definition.
     """
+    made = layer(pipeline, deployment, BUCKETS)
     at = deployment.until
-    until: Until = int(at.timestamp() * 1_000_000) if isinstance(at, datetime.datetime) else at
     given = {one.name: (one, deployment.dimensions[one.name]) for one in pipeline.dimensions}
     stream = Stream(
-        layer(pipeline, deployment, BUCKETS),
+        made,
         Dimensions(given, deployment.refresh),
         deployment.store,
-        f"{deployment.state}/{pipeline.name}/stream.json",
+        f"{made.turns.uri}/stream.json",
         epoch(clock()),
         deployment.trigger or None,
-        until,
+        int(at.timestamp() * 1_000_000) if isinstance(at, datetime.datetime) else at,
         engine.DEALT,
-        clock,
+        clock=clock,
     )
-    for view in stream.layer.views if deployment.store else ():
-        with open_store(deployment.store or "") as store:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(made.turns.own())
+        stack.enter_context(_stopped_by_signals())
+        stack.enter_context(drift.shown(report.title(pipeline, deployment), stream.facts))
+        if isinstance(engine, Resumable):
+            return _resumed(stream, deployment, engine, flags)
+        return _anew(stream, engine, flags)
+
+
+def _anew(stream: Stream, engine: Engine, flags: Sequence[str]) -> dict[str, Any]:
+    """On an engine that keeps nothing."""
+    for view in stream.layer.views if stream.store else ():
+        with open_store(stream.store or "") as store:
             store.resume(stream.layer.named(view), view.plan.schema, (*view.plan.by, "window_start"))
     _forget(stream.facts)
     try:
-        with drift.shown(report.title(pipeline, deployment), stream.facts), _stopped_by_signals():
-            engine.run(lambda root: build(root, stream), ["--streaming", *flags])
+        engine.run(lambda root: build(root, stream), ["--streaming", *flags])
     except KeyboardInterrupt:
         said = "stopped; what it held is gone with it: the next run reads the log again from its first offset"
-        print(f"{pipeline.name}: {said}", file=sys.stderr)
+        print(f"{stream.layer.pipeline}: {said}", file=sys.stderr)
         return _facts(stream)
+    return _checked(stream)
+
+
+def _resumed(stream: Stream, deployment: Deployment, engine: Resumable, flags: Sequence[str]) -> dict[str, Any]:
+    """On an engine that can go on where it was stopped, or died."""
+    start, name = resume.start(stream.layer, deployment, stream.epoch), stream.layer.pipeline
+    stream = dataclasses.replace(stream, epoch=start.job.epoch, until=start.until, watched=True)
+    if start.since is not None:
+        print(f"{name}: goes on from {start.since}", file=sys.stderr)
+    before, begun = drift.facts(stream.facts), time.monotonic()
+
+    def submitted(known: str, id: str, rest: str) -> None:
+        nonlocal begun
+        begun = time.monotonic()
+        job.write(start.place, dataclasses.replace(start.job, name=known, id=id, rest=rest))
+
+    def ended() -> bool:
+        facts = drift.facts(
+            stream.facts
+        )  # what it went on from may be of after the end, where nothing is told any more
+        return facts.ended and (facts != before or time.monotonic() - begun > _AGAIN)
+
+    kept = start.job.kept(start.place)
+    following = Following(start.job.name, kept, start.since, submitted, ended)
+    try:
+        engine.follow(lambda root: build(root, stream), ["--streaming", *flags], following)
+    except KeyboardInterrupt:
+        last = start.job.newest(start.place)
+        where = "from its first offset" if last is None else f"from {last}"
+        print(f"{name}: stopped; the next run goes on {where}", file=sys.stderr)
+        return _facts(stream)
+    now = job.read(start.place) or start.job
+    if not drift.facts(stream.facts).ended:
+        said = f"its job was stopped by somebody else; the next run goes on from {now.newest(start.place)}"
+        print(f"{name}: {said}", file=sys.stderr)
+        return _facts(stream)
+    if now.ended is None:
+        job.write(start.place, dataclasses.replace(now, ended="it has ended, at its --until"))
+    return _checked(stream)
+
+
+def _checked(stream: Stream) -> dict[str, Any]:
+    """The facts of a stream that has ended."""
+    name = stream.layer.pipeline
     if not _exists(stream.facts) and _any(stream.layer.log):
-        raise DataRefused(
-            f"{pipeline.name}: its workers have written no counts to {stream.facts}; name a --state they share"
-        )
+        raise DataRefused(f"{name}: its workers have written no counts to {stream.facts}; name a --state they share")
     if violations := drift.counted(stream.facts).violations():
-        raise DataRefused(f"{pipeline.name}: the law of conservation is broken: {'; '.join(violations)}")
+        raise DataRefused(f"{name}: the law of conservation is broken: {'; '.join(violations)}")
     return _facts(stream)
 
 
@@ -326,23 +326,30 @@ def _any(uri: str) -> bool:
 
 
 def _facts(stream: Stream) -> dict[str, Any]:
-    counts = drift.counted(stream.facts)
-    views = {}
+    told = drift.facts(stream.facts)
+    counts, reached = told.counts, told.reached or Reached()
+    through, views = _iso(reached.through), {}
     for view in stream.layer.views:
         rows, digest = counts.views.get(view.plan.name, (0, 0, 0))[2], 0
         if stream.store:
             with open_store(stream.store) as store:
                 answers = store.scan(stream.layer.named(view), generation=LIVE)
             rows, digest = len(answers), view.plan.digested(answers)
-        views[view.plan.name] = {"rows": rows, "digest": f"{digest:016x}", "complete_through": None}
-    return {
+        views[view.plan.name] = {"rows": rows, "digest": f"{digest:016x}", "complete_through": through}
+    facts = {
         "rows": dict(counts.rows),
         "rejected": dict(counts.reasons),
         "dropped": _some(counts.dropped),
         "unmatched": _some(counts.unmatched),
         "views": views,
-        "boundary": None,
+        "boundary": through,
         "first": None,
         "last": None,
         "skipped": [],
     }
+    if told.reached is None:
+        return facts
+    with open_log(stream.layer.log) as log:
+        ends = {name: held.end for name, held in log.bounds().items()}
+    lag = sum(max(0, end - reached.offsets.get(name, 0)) for name, end in ends.items())
+    return {**facts, "positions": reached.offsets, "lag": lag, "state": sum(counts.held.values())}

@@ -1,10 +1,11 @@
 """What executes a graph: one file per engine, each with ``run(build, flags)``. Importing this imports no engine."""
 
 import contextlib
+import dataclasses
 import gc
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 from pipelines.transforms.errors import UserError
 
@@ -52,6 +53,28 @@ class Engine(Protocol):
 
     def prepared(self, build: Callable[["beam.Pipeline"], None], flags: Sequence[str]) -> Callable[[], None]:
         """What runs it any number of times, each to its end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Following:
+    """How an unbounded graph is run that its engine can resume. name: of the job. folder: a URI, where it keeps what it
+    can be resumed from. since: what it resumes, one of those; None: it begins. submitted: called with the name that it
+    runs under, its id, and where the engine is asked about it. ended: whether its input has come to its end."""
+
+    name: str
+    folder: str
+    since: str | None
+    submitted: Callable[[str, str, str], None]
+    ended: Callable[[], bool]
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """What an Engine's module offers besides, where a stopped or killed job can be resumed."""
+
+    def follow(self, build: Callable[["beam.Pipeline"], None], flags: Sequence[str], following: Following) -> None:
+        """Runs an unbounded graph until it has ended, or somebody else has stopped it. Interrupted, it stops the job in
+        a way that it can be resumed from, and raises KeyboardInterrupt. Raises what failed."""
 
 
 def named(runner: str) -> Engine:

@@ -33,6 +33,9 @@ from pipelines.transforms.errors import UserError
 START = 120.0
 """Seconds that a server may take to start."""
 
+LOGS: dict[str, Path] = {}
+"""Where the servers of this process log, by endpoint."""
+
 
 @contextlib.contextmanager
 def serving(engine: str, command: Sequence[str | Path], started: re.Pattern[str]) -> Iterator[str]:
@@ -49,9 +52,13 @@ def serving(engine: str, command: Sequence[str | Path], started: re.Pattern[str]
         process = subprocess.Popen(
             [*bound, *command], stdin=subprocess.DEVNULL, stdout=file, stderr=file, process_group=0
         )
+    endpoint = None
     try:
-        yield f"127.0.0.1:{_port(process, log, started)}"
+        endpoint = f"127.0.0.1:{_port(process, log, started)}"
+        LOGS[endpoint] = log
+        yield endpoint
     finally:
+        LOGS.pop(endpoint or "", None)
         if process.poll() is None:
             _stop(process)
             log.unlink(missing_ok=True)
@@ -82,7 +89,14 @@ def run(build: Callable[[beam.Pipeline], None], endpoint: str, flags: Sequence[s
 
     flags: of Beam; what is known not to work on the --runner among them is refused first."""
     with _connected(endpoint, flags) as options:
-        _encoded(build, options)()
+        _finish(_encoded(build, options)())
+
+
+@contextlib.contextmanager
+def submitted(build: Callable[[beam.Pipeline], None], endpoint: str, flags: Sequence[str]) -> Iterator[PipelineResult]:
+    """A graph that runs on the server at an endpoint. Its workers here, if any, end with the block."""
+    with _connected(endpoint, flags) as options:
+        yield _encoded(build, options)()
 
 
 def prepared(
@@ -95,15 +109,15 @@ def prepared(
     start: the server. It starts with the first run, and ends when what this answers is held no more.
     """
     kept = contextlib.ExitStack()
-    run_: Callable[[], None] | None = None
+    submit: Callable[[], PipelineResult] | None = None
 
     def again() -> None:
-        nonlocal run_, build
-        if run_ is None:
+        nonlocal submit, build
+        if submit is None:
             options = kept.enter_context(_connected(kept.enter_context(start()), flags))
-            run_ = _encoded(build, options)
+            submit = _encoded(build, options)
             del build  # it may hold who holds this
-        run_()
+        _finish(submit())
 
     weakref.finalize(again, kept.close)
     return again
@@ -123,17 +137,20 @@ def _connected(endpoint: str, flags: Sequence[str]) -> Iterator[PipelineOptions]
         yield options
 
 
-def _encoded(build: Callable[[beam.Pipeline], None], options: PipelineOptions) -> Callable[[], None]:
+def _encoded(build: Callable[[beam.Pipeline], None], options: PipelineOptions) -> Callable[[], PipelineResult]:
+    """What starts the graph as a job."""
     pipeline = beam.Pipeline(runner=PortableRunner(), options=options)
     build(pipeline)
     graph = PortableRunner.get_proto_pipeline(pipeline, options)
     preflight.guard(options.view_as(StandardOptions).runner, graph)
-    return functools.partial(_run, graph, PortableRunner().create_job_service(options))
+    return functools.partial(_submit, graph, PortableRunner().create_job_service(options))
 
 
-def _run(graph: beam_runner_api_pb2.Pipeline, service: JobServiceHandle) -> None:
-    job, messages, states = service.submit(graph)
-    result = PipelineResult(service.job_service, job, messages, states)
+def _submit(graph: beam_runner_api_pb2.Pipeline, service: JobServiceHandle) -> PipelineResult:
+    return PipelineResult(service.job_service, *service.submit(graph))
+
+
+def _finish(result: PipelineResult) -> None:
     try:
         result.wait_until_finish()
     except KeyboardInterrupt:

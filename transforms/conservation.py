@@ -17,8 +17,8 @@ TALLY = pa.schema(
         pa.field("n", pa.int64(), nullable=False),
     ]
 )
-"""part: "source", "exploded" (what an Explode made of source rows), "view:<name>" or "dimension:<name>". reason: "" or
-what a counter is told apart by. n: rows."""
+"""part: "source", "exploded" (what an Explode made of source rows), "view:<name>", "dimension:<name>", "state:<what>".
+reason: "" or what a counter is told apart by. n: rows; of state, those that it has more, or fewer, than before."""
 
 SPAN = pa.schema([("first", pa.int64()), ("last", pa.int64())])
 """The least and greatest event time of some rows, µs UTC."""
@@ -28,7 +28,7 @@ SOURCE = ("read", "kept", "filtered", "rejected", "late", "duplicate")
 
 Counter = Literal[
     "read", "kept", "filtered", "rejected", "late", "duplicate", "partly_late", "rows_in", "rows_out", "results",
-    "unmatched",
+    "unmatched", "held",
 ]  # fmt: skip
 
 
@@ -58,6 +58,7 @@ class Conservation:
     """What a run counted. rows: source rows by counter. reasons: rejected source rows by reason. views: (rows in, rows
     out, results) by name. unmatched: rows of look-ups without a match, by dimension and reason. dropped: rows that were
     rejected, filtered or late after the source's law, by part and then reason ("filtered", "late", "partly_late").
+    held: rows of state, by what they are.
 
     >>> counts = Conservation.of(merge([tally("source", "read", 3), tally("source", "kept", 2)]))
     >>> counts.violations()
@@ -69,6 +70,7 @@ class Conservation:
     views: Mapping[str, tuple[int, int, int]]
     unmatched: Mapping[str, Mapping[str, int]]
     dropped: Mapping[str, Mapping[str, int]]
+    held: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @staticmethod
     def of(tallies: pa.Table) -> "Conservation":
@@ -77,6 +79,7 @@ class Conservation:
         views: dict[str, dict[str, int]] = {}
         unmatched: dict[str, dict[str, int]] = {}
         dropped: dict[str, dict[str, int]] = {}
+        held: dict[str, int] = {}
         for row in merge([tallies]).to_pylist():
             kind, _, name = row["part"].partition(":")
             if kind == "source":
@@ -85,13 +88,15 @@ class Conservation:
                     reasons[row["reason"]] = row["n"]
             elif row["counter"] in ("filtered", "rejected", "late", "partly_late"):
                 dropped.setdefault(row["part"], {})[row["reason"] or row["counter"]] = row["n"]
+            elif kind == "state":
+                held[name] = row["n"]
             elif kind == "view":
                 counts = views.setdefault(name, dict.fromkeys(("rows_in", "rows_out", "results"), 0))
                 counts[row["counter"]] += row["n"]
             else:
                 unmatched.setdefault(name, {})[row["reason"]] = row["n"]
         told = {name: (counts["rows_in"], counts["rows_out"], counts["results"]) for name, counts in views.items()}
-        return Conservation(rows, reasons, told, unmatched, dropped)
+        return Conservation(rows, reasons, told, unmatched, dropped, held)
 
     def equation(self) -> str:
         """read 5 = kept 4 + filtered 0 + rejected 1 + late 0 + duplicate 0"""
