@@ -34,11 +34,11 @@ from apache_beam.portability.api import (
     beam_provision_api_pb2,
     beam_provision_api_pb2_grpc,
 )
+from apache_beam.runners.job import utils as job_utils
 from apache_beam.runners.worker import sdk_worker_main
 from apache_beam.runners.worker.worker_id_interceptor import WorkerIdInterceptor
 from apache_beam.utils import thread_pool_executor
 from apache_beam.utils.sentinel import Sentinel
-from google.protobuf import json_format
 
 from pipelines.runners.workers import Worker
 
@@ -218,7 +218,7 @@ def _provided(asked: Asked) -> tuple[PipelineOptions, frozenset[str]]:
         channel = grpc.intercept_channel(channel, WorkerIdInterceptor(asked.worker))
         service = beam_provision_api_pb2_grpc.ProvisionServiceStub(channel)
         info = service.GetProvisionInfo(beam_provision_api_pb2.GetProvisionInfoRequest(), timeout=60).info
-    told = sdk_worker_main._load_pipeline_options(json_format.MessageToJson(info.pipeline_options))
+    told = sdk_worker_main._load_pipeline_options(json.dumps(job_utils.struct_to_dict(info.pipeline_options)))
     return PipelineOptions.from_dictionary(told), frozenset(info.runner_capabilities)
 
 
