@@ -30,7 +30,7 @@ from pipelines.progress import shown
 from pipelines.replay import messages, written
 from pipelines.report import grid, indent
 from pipelines.run import mistake
-from pipelines.runners import Engine, named
+from pipelines.runners import MODULES, Engine, clusters, named
 from pipelines.transforms import lateness
 from pipelines.transforms.avro_schemas import Schemas
 from pipelines.transforms.conservation import SOURCE, Conservation
@@ -194,7 +194,7 @@ def prepared(
             pipeline,
             deployment,
             engine,
-            stack.enter_context(_served(engine, flags)),
+            stack.enter_context(_served(runner, engine, flags)),
             sent,
             log,
             stack.enter_context(open_store(deployment.store)),
@@ -218,10 +218,11 @@ def _kind(engine: Engine) -> type[Trial]:
 
 
 @contextlib.contextmanager
-def _served(engine: Engine, flags: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Flags with the one job server that all runs of a trial share, where an engine has such."""
-    serving = getattr(engine, "serving", None)
-    if serving is None or any(flag.startswith("--job_endpoint") for flag in flags):
+def _served(runner: str, engine: Engine, flags: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Flags with the one job server that all runs of a trial share, where an engine has such and no cluster runs."""
+    serving, given = getattr(engine, "serving", None), {flag.partition("=")[0] for flag in flags}
+    here = not given & {"--flink_master", "--spark_master_url"} and clusters.found(MODULES[runner]) is not None
+    if serving is None or "--job_endpoint" in given or here:
         yield flags
         return
     from apache_beam.options.pipeline_options import PipelineOptions

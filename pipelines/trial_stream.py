@@ -1,8 +1,9 @@
-"""A trial of a speed layer that is an unbounded graph: a job follows the log while it grows, is stopped as by Ctrl-C,
-and is run again with the same options.
+"""A trial of a speed layer that is an unbounded graph: a job follows the log while it grows, is stopped or killed, and
+is run again with the same options.
 
-A job that its engine can resume goes on where it was stopped; another reads the log again from its first offset. Both
-must end with the same answers: what is late depends on the log alone, and answers are absolute.
+A job that its engine can resume goes on where it was stopped, or killed from its last checkpoint; another reads the log
+again from its first offset. All end with the same answers: what is late depends on the log alone, and answers are
+absolute.
 """
 
 import _thread
@@ -13,10 +14,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 
 from pipelines import drift, stream
+from pipelines import job as jobs
+from pipelines.runners import Resumable
 from pipelines.transforms import progress
 from pipelines.transforms.conservation import Conservation
 from pipelines.transforms.errors import UserError
@@ -27,6 +31,8 @@ PACE = 0.15
 
 LOOK = 0.1
 """Seconds between two looks at what a job has counted."""
+
+Point = Literal["stopped at rest", "stopped while it reads", "killed while it reads"]
 
 
 class Streamed(Trial):
@@ -46,43 +52,51 @@ class Streamed(Trial):
         for number in range(start, stop):
             parts.append(self._next(number))
             if self._deaths[number] and any(parts):
-                self._job(parts, rest=False)
-                self.points["while it reads"] += 1
+                kills = isinstance(self.engine, Resumable) and self.chance.random() < 0.5
+                point: Point = "killed while it reads" if kills else "stopped while it reads"
+                self._job(parts, point)
+                self.points[point] += 1
                 parts = []
-        self._job(parts, rest=True)
-        self.points["at rest"] += stop < self.turns
+        self._job(parts, "stopped at rest")
+        self.points["stopped at rest"] += stop < self.turns
 
     @property
     def counts(self) -> Conservation:
-        return drift.counted(self._facts)
+        return drift.counted(f"{self._place}/stream.json")
 
     @property
     def told(self) -> str:
-        return f"{self.turns} parts, {self.jobs} jobs"
+        how = "each goes on" if isinstance(self.engine, Resumable) else "each begins anew"
+        return f"{self.turns} parts, {self.jobs} jobs ({how})"
 
     @property
-    def _facts(self) -> str:
-        return f"{self.deployment.state}/{self.pipeline.name}/stream.json"
+    def _place(self) -> str:
+        return f"{self.deployment.state}/{self.pipeline.name}"
 
-    def _job(self, parts: list[dict[str, pa.Table]], rest: bool) -> None:
-        """Runs a job while these parts are sent, and stops it then. rest: when it has taken all."""
+    def _job(self, parts: list[dict[str, pa.Table]], point: Point) -> None:
+        """Runs a job while these parts are sent, and ends it then."""
         first, *others = [part for part in parts if part] or [{}]
         self._send(first)
-        Path(self._facts).unlink(missing_ok=True)
+        Path(f"{self._place}/stream.json").unlink(missing_ok=True)
         self.jobs += 1
-        with _interrupted(lambda ended: self._feed(others, rest, ended)):
+        kill = self._kill if point == "killed while it reads" else None
+        with _ended(lambda ended: self._feed(others, point, ended), kill):
             stream.run(self.pipeline, self.deployment, self.engine, self.flags, self._clock)
 
-    def _feed(self, parts: list[dict[str, pa.Table]], rest: bool, ended: threading.Event) -> None:
-        while not self.counts.rows["read"]:  # until the job runs
-            if ended.wait(LOOK):
-                return
+    def _feed(self, parts: list[dict[str, pa.Table]], point: Point, ended: threading.Event) -> None:
+        self._until(ended, lambda: bool(self.counts.rows["read"]))
+        if point == "killed while it reads":
+            self._until(ended, lambda: self._newest() is not None)
         for part in parts:
             if ended.wait(PACE):
                 return
             self._send(part)
-        if rest:
+        if point == "stopped at rest":
             self._rest(ended)
+
+    def _until(self, ended: threading.Event, done: Callable[[], bool]) -> None:
+        while not done() and not ended.wait(LOOK):
+            pass
 
     def _send(self, part: Mapping[str, pa.Table]) -> None:
         self.log.append(part)
@@ -101,11 +115,23 @@ class Streamed(Trial):
             if time.monotonic() - since > drift.PATIENCE:
                 return
 
+    def _newest(self) -> str | None:
+        job = jobs.read(self._place)
+        return None if job is None else job.newest(self._place)
+
+    def _kill(self) -> None:
+        """Ends the job at once: what it has not checkpointed is lost to it."""
+        job = jobs.read(self._place)
+        found = None if job is None else job.found()
+        assert found is not None
+        found[0].cancel(found[1])
+
 
 @contextlib.contextmanager
-def _interrupted(until: Callable[[threading.Event], None]) -> Iterator[None]:
-    """Interrupts the block, as Ctrl-C does, when a function that runs beside it returns. What the block says on stderr
-    is not shown. Raises KeyboardInterrupt where somebody else has interrupted it."""
+def _ended(until: Callable[[threading.Event], None], kill: Callable[[], None] | None) -> Iterator[None]:
+    """Interrupts the block, as Ctrl-C does, when a function that runs beside it returns; or kills what it runs, after
+    which it may raise anything. What it says on stderr is not shown. Raises KeyboardInterrupt where somebody else has
+    interrupted it."""
     ended, asked, lock = threading.Event(), threading.Event(), threading.Lock()
     failed = list[BaseException]()
 
@@ -115,9 +141,17 @@ def _interrupted(until: Callable[[threading.Event], None]) -> Iterator[None]:
         except BaseException as error:
             failed.append(error)
         with lock:
-            if not ended.is_set():
-                asked.set()
+            if ended.is_set():
+                return
+            asked.set()
+            if kill is None or failed:
                 _thread.interrupt_main()
+                return
+        try:
+            kill()
+        except BaseException as error:
+            failed.append(error)
+            _thread.interrupt_main()
 
     thread = threading.Thread(target=beside, daemon=True)
     try:
@@ -130,6 +164,9 @@ def _interrupted(until: Callable[[threading.Event], None]) -> Iterator[None]:
                     ended.set()
     except KeyboardInterrupt:
         if not asked.is_set():
+            raise
+    except Exception:
+        if kill is None or not asked.is_set():
             raise
     finally:
         thread.join()

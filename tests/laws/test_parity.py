@@ -7,7 +7,7 @@ row is late, and which is a repetition, is decided row by row in Python, and the
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import duckdb
@@ -152,14 +152,13 @@ def expected(case: Case, rows: list[tuple[int, int]]) -> list[dict[str, Any]]:
     return dataclasses.replace(case, rows=given, window=windowed).expected()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(0 if EXAMPLES > 25 else 600)
-@settings(max_examples=EXAMPLES, deadline=None)
-@given(streams())
-def test_any_stream_in_turns_is_the_definition_over_the_rows_in_time(stream: Stream) -> None:
+def agree(stream: Stream, runner: str = "DirectRunner", flags: Sequence[str] = ()) -> None:
+    """Runs the stream's speed layer over its rows, and holds what it gives against the oracle."""
     case, turns, restarts = stream.case, stream.turns, stream.restarts
     views = {"answers": case} if stream.other is None else {"answers": case, "others": stream.other}
-    with parity.prepared(case.pipeline, case.rows, stream.disorder, turns=turns, restarts=restarts) as trial:
+    with parity.prepared(
+        case.pipeline, case.rows, stream.disorder, runner, turns=turns, restarts=restarts, flags=flags
+    ) as trial:
         trial.take(0, turns)
         judgement, counts = judged(list(views.values()), trial.log), trial.counts.rows
         event(f"late {judgement.late > 0}, repeated {judgement.repeated > 0}, kept {min(len(judgement.rows), 3)}")
@@ -171,6 +170,14 @@ def test_any_stream_in_turns_is_the_definition_over_the_rows_in_time(stream: Str
             trial.cut_over()
             for differences in trial.both_layers(trial.bounded.timely()).values():
                 assert differences.first == ()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0 if EXAMPLES > 25 else 600)
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(streams())
+def test_any_stream_in_turns_is_the_definition_over_the_rows_in_time(stream: Stream) -> None:
+    agree(stream)
 
 
 @pytest.mark.slow
