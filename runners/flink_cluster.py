@@ -56,14 +56,14 @@ _LOGS = (
 
 def plan(folder: Path, port: Callable[[str], int], tell: Callable[[str], None], **options: str) -> Plan:
     """The members, and their configuration under ``folder``. options: job_server_jar."""
-    server = _server(options.get("job_server_jar"))
-    jar = server.jar()
-    tell(f"with {server.told(jar)}")
+    jobs = server(options.get("job_server_jar"))
+    jar = jobs.jar()
+    tell(f"with {jobs.told(jar)}")
     settings = _settings(folder, port)
     _configure(folder, settings, port("zookeeper"))
-    classes = server.launched(jar)
+    classes = jobs.launched(jar)
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=4).hexdigest()  # members of other ones are replaced
-    run = (server.java(), *java.JAVA, *_LOGS, f"-Djava.io.tmpdir={folder}/tmp", f"-Dsettings={digest}")
+    run = (jobs.java(), *java.JAVA, *_LOGS, f"-Djava.io.tmpdir={folder}/tmp", f"-Dsettings={digest}")
     endpoint, rest = f"{_HOST}:{port('job server')}", f"{_HOST}:{port('rest')}"
     artifacts = f"--artifacts-dir={folder}/artifacts"
     ports = (f"--job-port={port('job server')}", f"--artifact-port={port('artifacts')}", "--expansion-port=0")
@@ -132,7 +132,7 @@ def plan(folder: Path, port: Callable[[str], int], tell: Callable[[str], None], 
         "slots": SLOTS,
         "checkpoints": settings["state.checkpoints.dir"],
         "savepoints": settings["state.savepoints.dir"],
-        "job_server": server.told(jar),
+        "job_server": jobs.told(jar),
     }
     return Plan(members, endpoint, f"{_HOST}:{port('worker pool')}", facts)
 
@@ -154,7 +154,9 @@ def flags(cluster: Cluster) -> list[str]:
     return [*cluster.flags, f"--parallelism={cluster.facts['slots']}"]
 
 
-def _server(given: str | None) -> java.JobServer:
+def server(given: str | None = None) -> java.JobServer:
+    """The cluster's. given: --job_server_jar."""
+
     def official() -> "FlinkJarJobServer":
         from apache_beam.options.pipeline_options import PipelineOptions
         from apache_beam.runners.portability.flink_runner import FlinkJarJobServer
