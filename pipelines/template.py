@@ -10,14 +10,16 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipelines import arguments, definition, runners, template_parameters
+from pipelines import arguments, runners
 from pipelines.arguments import CONTEXT, option
-from pipelines.template_parameters import Parameter
 from pipelines.transforms.errors import UserError
+
+if TYPE_CHECKING:
+    from pipelines.template_parameters import Parameter
 
 
 @click.group(context_settings=CONTEXT)
@@ -50,7 +52,7 @@ def build(
         return
     if context.args:
         raise UserError(f"{context.args[0]}: a Flex Template takes it at launch, as a parameter; leave it out")
-    from pipelines import template_files
+    from pipelines import definition, template_files
 
     declared = definition.load(name)
     place = Path(folder or f"templates/{declared.name}-{mode}")
@@ -59,8 +61,9 @@ def build(
     click.echo(f"{declared.name}: {place}/README.md tells how to build the image and launch it")
 
 
-def flex_parameters(name: str, mode: str) -> list[Parameter]:
+def flex_parameters(name: str, mode: str) -> "list[Parameter]":
     """Of the template of a definition."""
+    from pipelines import definition, template_parameters
     from pipelines.cli import cli
 
     return template_parameters.parameters(name, definition.load(name), cli.commands["run"].params, mode)
@@ -88,6 +91,8 @@ def launched(name: str, mode: str, given: Sequence[str]) -> list[str]:
     pipelines.transforms.errors.UserError: parameter trigger=5 does not match ^([1-9]\\d{0,8}(s|m|h|d|w))$: How often \
 a live run gives results.
     """
+    from pipelines import template_parameters
+
     known = {parameter.name: parameter for parameter in flex_parameters(name, mode)}
     pairs = [flag.removeprefix("--").partition("=")[::2] for flag in given]
     values = {key: value for key, value in pairs if key in known and value}
@@ -104,6 +109,7 @@ a live run gives results.
 
 def classic(name: str, mode: str, location: str, given: Sequence[str]) -> list[str]:
     """Stages the graph and writes the template, and beside it its metadata; what there is to say."""
+    from pipelines import definition
     from pipelines.cli import cli
 
     run: Any = cli.commands["run"]
