@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.runners import jobs
+from pipelines.runners import clusters
 from pipelines.runners.dataflow_jobs import Region
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -88,7 +88,7 @@ class Google:
 @pytest.fixture(scope="module")
 def google(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Google]:
     """Storage with the flights in it, and the service; both end with the tests."""
-    home = jobs.folder("dataflow")
+    home = clusters.folder("dataflow")
     program, python = home / "fake-gcs-server", home / ".venv/bin/python"
     if not program.exists():
         go = shutil.which("go") or shutil.which("/usr/local/go/bin/go")

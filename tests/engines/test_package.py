@@ -34,7 +34,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     package = sdist(folder)
     subprocess.run([uv, "venv", "-q", "--python", sys.executable, folder / "venv"], check=True)
     python = folder / "venv/bin/python"
-    wanted = ["-q", "--python", python, "-c", ROOT / "constraints.txt", package]
+    wanted = ["-q", "--python", str(python), "-c", str(ROOT / "constraints.txt"), str(package)]
     subprocess.run([uv, "pip", "install", *wanted], check=True, cwd=folder)
     return python
 
@@ -43,7 +43,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pool(clean: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where that environment starts workers when it is asked to; it ends with the tests."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    command = [clean, "-m", "pipelines.runners.worker_pool", "--preload=pipelines.graph"]
+    command = [str(clean), "-m", "pipelines.runners.worker_pool", "--preload=pipelines.graph"]
     folder = tmp_path_factory.mktemp("elsewhere")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment) as process:
         assert process.stdout
