@@ -16,7 +16,7 @@ from pipelines.transforms.schema import RowSchema
 from pipelines.transforms.steps import Step
 from pipelines.transforms.view import ViewPlan
 
-_PARTS = ("partial", "merge", "windowed", "result")
+_PARTS = ("samples", "partial", "merge", "windowed", "result")
 _WIDTH = 100
 _CLAUSES = ("SELECT", "FROM", "WHERE", "GROUP", "ORDER", "ASOF", "LEFT")
 _TOKEN = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|--[^\n]*\n?|/\*.*?\*/|\w+|\s+|.""", re.DOTALL)
@@ -170,7 +170,8 @@ def _view(pipeline: Pipeline, view: View, plan: ViewPlan, lineage: Lineage) -> I
     if plan.chain:
         yield from _steps(f"view {view.name}, steps", view.steps, plan.chain)
     for name in _PARTS:
-        yield f"{_heading(f'view {view.name}, SQL, {name}')}\n{indent(laid_out(getattr(plan, name)))}"
+        if getattr(plan, name):
+            yield f"{_heading(f'view {view.name}, SQL, {name}')}\n{indent(laid_out(getattr(plan, name)))}"
 
 
 def _written(value: Any) -> str:

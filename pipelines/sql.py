@@ -14,8 +14,9 @@ from pipelines.transforms.chain import YEARS, Chain
 from pipelines.transforms.conform import EXTRA
 from pipelines.transforms.dating import Dating
 from pipelines.transforms.expressions import DefinitionError, arrow_types, check, quote, underlined
+from pipelines.transforms.gather import numbered, sketches
 from pipelines.transforms.measures import Measure
-from pipelines.transforms.sketches import Sketch
+from pipelines.transforms.sketches import NUMBER
 from pipelines.transforms.stage import Builder, Rule, Scope
 from pipelines.transforms.states import State
 from pipelines.transforms.view import ViewPlan
@@ -196,10 +197,10 @@ def _plan(
     empty = scope.arrow.empty_table()
     if since:
         empty = empty.append_column(lateness.SINCE, pa.array([], lateness.SINCE.type))
-    schema = query.run(f"{partial} LIMIT 0", {"batch": empty}).schema
+    schema = query.run(f"{partial} LIMIT 0", {"batch": numbered(empty)}).schema
     result = _result(view, keys, list(columns), measures)
     windowed = _windowed(window, keys, states, since)
-    answers = query.run(windowed, {"batch": schema.empty_table()}).schema
+    answers = query.run(windowed, {"batch": numbered(schema.empty_table())}).schema
     return ViewPlan(
         name=view.name,
         by=view.by,
@@ -227,9 +228,6 @@ def _partial(window: Window, keys: list[str], states: tuple[State, ...], since: 
     rows = "(SELECT *, epoch_us(event_time) AS _t FROM batch)"
     if not isinstance(window, Session):
         tile = f"{window.tile_sql('_t')} AS _tile"
-        if any(isinstance(state, Sketch) for state in states):
-            # A sketch gathers lists: with the rows of a group side by side that costs half. The hash is never kept.
-            rows = f"(SELECT * FROM {rows} ORDER BY hash({', '.join([*keys, *since, window.tile_sql('_t')])}))"
         return f"SELECT {', '.join([*keys, tile, *since, *aggregates])}\nFROM {rows} GROUP BY ALL"
     millis = floor_sql("_t", 1000)
     rows = window.islands_sql(f"(SELECT *, {millis} AS _start, {millis} AS _last FROM {rows})", tuple(keys))
@@ -254,15 +252,18 @@ def _windowed(window: Window, keys: list[str], states: tuple[State, ...], since:
         windows = f"(SELECT * FROM {windows} WHERE coalesce(window_start >= {since[0]}, true))"
     group = [*keys, "window_start", "window_end"]
     kinds = {name: kind for state in states for name, kind in state.columns().items()}
+    cells = {name: name for name in kinds}
     if window.overlapping:
         windows = f"({_grouped([*group, *_merges(states)], windows, group)})"
+    else:
+        cells |= {name: sql for state in sketches(states) for name, sql in state.numbers(f"[{NUMBER}]").items()}
     columns = [
         *keys,
         "make_timestamptz(window_start) AS window_start",
         "make_timestamptz(window_end) AS window_end",
         "_rows",
     ]
-    columns += [f"{name}::{kind} AS {name}" for name, kind in kinds.items()]
+    columns += [f"{cells[name]}::{kind} AS {name}" for name, kind in kinds.items()]
     return f"SELECT {', '.join(columns)}\nFROM {windows}"
 
 

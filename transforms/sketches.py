@@ -2,22 +2,18 @@
 
 Both forms are functions of the multiset of the values alone: which form it is depends on how many there are, never on
 the order or split, and all arithmetic is of integers or single IEEE operations, so every machine gets the same bits.
-Merging in SQL only concatenates lists; ``collapse`` turns those that have grown long into the sketch, in numpy.
+Merging only concatenates lists; ``pipelines.transforms.gather`` turns those that have grown long into the sketch.
 """
 
 import dataclasses
-import itertools
 import math
 import sys
 from abc import abstractmethod
-from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 
+from pipelines.transforms.lists import Ints, Lists
 from pipelines.transforms.states import FLOATS, INTEGERS, WIDE, Sql, State
 
 LIMIT = 64
@@ -26,18 +22,17 @@ LIMIT = 64
 PENDING = 2 * LIMIT
 """How long a group's lists may grow before they are collapsed: collapsing waits for enough to do."""
 
-GROUPS = 1 << 15
-"""How many groups are collapsed at a time: a group's number and 48 bits of a hash fit 63 bits."""
-
-BLOCK = 1 << 18
-"""About how many values are collapsed at a time."""
-
-Ints = npt.NDArray[np.int64]
+NUMBER = "_row"
+"""Column with the number of a row, from 0, in whatever a query makes sketches of."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sketch(State):
-    """Two lists: _raw of the values while they are few, _packed of the sketch's cells; null when empty."""
+    """Two lists: _raw of the values while they are few, _packed of the sketch's cells; null when empty.
+
+    No list passes through a query, where it costs several times as much time and memory: what SQL puts into _raw are
+    the numbers of a group's rows, and ``pipelines.transforms.gather`` puts the lists in their place.
+    """
 
     error: float
 
@@ -49,156 +44,25 @@ class Sketch(State):
     def packed(self) -> str:
         return f"{self.column}_packed"
 
+    @property
+    @abstractmethod
+    def sample(self) -> Sql:
+        """What _raw holds of a row, SQL; null where it has no value."""
+
+    def numbers(self, rows: Sql) -> dict[str, Sql]:
+        """The columns with the numbers of a group's rows, a list."""
+        kinds = self.columns()
+        return {self.raw: f"{rows}::{kinds[self.raw]}", self.packed: f"NULL::{kinds[self.packed]}"}
+
+    def partial(self, time: Sql) -> dict[str, Sql]:
+        return self.numbers(f"list({NUMBER})")
+
     def merge(self) -> dict[str, Sql]:
-        return {name: f"flatten(list({name}) FILTER ({name} IS NOT NULL))" for name in self.columns()}
+        return self.numbers(f"list({NUMBER})")
 
     @abstractmethod
-    def collapsed(self, raw: "Lists", packed: "Lists") -> tuple["Lists", "Lists"]:
+    def collapsed(self, raw: Lists, packed: Lists) -> tuple[Lists, Lists]:
         """The same multisets in canonical form: sorted, and packed where there are more values than LIMIT."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Lists:
-    """A list per group: ``lengths`` of n groups, and all their values one after the other."""
-
-    lengths: Ints
-    values: npt.NDArray[Any]
-
-    @staticmethod
-    def of(column: pa.ChunkedArray | pa.ListArray) -> "Lists":
-        lists = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-        return Lists(_lengths(lists), lists.flatten().to_numpy())
-
-    def rows(self) -> Ints:
-        """The group of every value."""
-        return np.repeat(np.arange(len(self.lengths)), self.lengths)
-
-    def cut(self, bounds: Ints) -> list["Lists"]:
-        """The groups between each two bounds."""
-        ends = np.concatenate([[0], np.cumsum(self.lengths)])[bounds]
-        spans = zip(itertools.pairwise(bounds), itertools.pairwise(ends), strict=True)
-        return [Lists(self.lengths[a:b], self.values[start:end]) for (a, b), (start, end) in spans]
-
-    @staticmethod
-    def joined(parts: Iterable["Lists"]) -> "Lists":
-        every = list(parts)
-        return Lists(np.concatenate([p.lengths for p in every]), np.concatenate([p.values for p in every]))
-
-    def where(self, groups: npt.NDArray[np.bool_]) -> "Lists":
-        return Lists(self.lengths[groups], self.values[np.repeat(groups, self.lengths)])
-
-    def replace(self, groups: npt.NDArray[np.bool_], lists: "Lists") -> "Lists":
-        """These lists, with others (in order) in some groups."""
-        lengths = self.lengths.copy()
-        lengths[groups] = lists.lengths
-        values = np.empty(lengths.sum(), self.values.dtype)
-        new = np.repeat(groups, lengths)
-        values[new] = lists.values
-        values[~new] = self.values[~np.repeat(groups, self.lengths)]
-        return Lists(lengths, values)
-
-    def arrow(self, kind: pa.DataType) -> pa.Array:
-        offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int32)
-        values = pa.array(self.values, kind.value_type)
-        return pa.ListArray.from_arrays(pa.array(offsets), values, type=kind, mask=pa.array(self.lengths == 0))
-
-
-def collapse(table: pa.Table, states: Iterable[State], *, final: bool = False) -> pa.Table:
-    """The table with the long lists of its sketches collapsed; all other columns and the order of rows as they were.
-
-    Without ``final`` only lists longer than PENDING are touched, so calling it after each merge costs little. With it
-    every state takes its form of at most LIMIT values or a sketch; results and whatever is kept need that.
-    """
-    for state in _sketches(states):
-        raw, packed = Lists.of(table[state.raw]), Lists.of(table[state.packed])
-        if _chosen(raw, packed, final).any():
-            bounds = _bounds(raw.lengths + packed.lengths)
-            blocks = zip(raw.cut(bounds), packed.cut(bounds), strict=True)
-            table = _replaced(table, state, [_collapsed(state, *block, final) for block in blocks])
-    return table
-
-
-def pointed(table: pa.Table, states: Iterable[State]) -> pa.Table:
-    """States to be merged, with the number of its row in place of each row's lists: a query is quick to gather those.
-
-    What merges them gives ``gathered`` the numbers of each group.
-    """
-    lists = [name for state in _sketches(states) for name in state.columns()]
-    for place, name in enumerate(lists):
-        kind = table.schema.field(name).type
-        column = pa.nulls(len(table), kind) if place else _numbers(len(table), kind)
-        table = table.set_column(table.schema.get_field_index(name), name, column)
-    return table
-
-
-def gathered(merged: pa.Table, table: pa.Table, states: Iterable[State], *, final: bool = False) -> pa.Table:
-    """What a query made of ``pointed`` states, with the lists of the rows that each group has, and those collapsed.
-
-    Some groups at a time, so that no more is held than the states before and after.
-    """
-    sketches = _sketches(states)
-    groups = Lists.of(merged[sketches[0].raw]) if sketches else None
-    for state in sketches:
-        assert groups is not None
-        raw, packed = table[state.raw].combine_chunks(), table[state.packed].combine_chunks()
-        sizes = (_lengths(raw) + _lengths(packed))[groups.values.astype(np.int64)]
-        blocks = []
-        for some in groups.cut(_bounds(_sums(sizes, groups.lengths))):
-            blocks.append(_collapsed(state, _taken(raw, some), _taken(packed, some), final))
-        merged = _replaced(merged, state, blocks)
-    return merged
-
-
-def _lengths(lists: pa.ListArray) -> Ints:
-    lengths: Ints = pc.list_value_length(lists).fill_null(0).to_numpy().astype(np.int64)
-    return lengths
-
-
-def _sketches(states: Iterable[State]) -> list[Sketch]:
-    return [state for state in states if isinstance(state, Sketch)]
-
-
-def _numbers(n: int, kind: pa.DataType) -> pa.Array:
-    return pa.ListArray.from_arrays(np.arange(n + 1, dtype=np.int32), pa.array(np.arange(n)).cast(kind.value_type))
-
-
-def _taken(column: pa.ListArray, groups: Lists) -> Lists:
-    """A list per group: those of its rows, one after the other."""
-    rows = Lists.of(column.take(pa.array(groups.values.astype(np.int64))))
-    return Lists(_sums(rows.lengths, groups.lengths), rows.values)
-
-
-def _sums(sizes: Ints, lengths: Ints) -> Ints:
-    """The sum of as many sizes as each length says."""
-    ends: Ints = np.concatenate([[0], np.cumsum(sizes)])[np.concatenate([[0], np.cumsum(lengths)])]
-    return np.diff(ends)
-
-
-def _bounds(sizes: Ints) -> Ints:
-    """Where to cut groups of so many values into blocks: their keys fit 63 bits, their arrays the cache."""
-    ends = np.cumsum(sizes + 2 * BLOCK // GROUPS)
-    cuts = np.searchsorted(ends, np.arange(BLOCK, ends[-1] if len(ends) else 0, BLOCK))
-    return np.unique(np.concatenate([[0], cuts, [len(ends)]]))
-
-
-def _chosen(raw: Lists, packed: Lists, final: bool) -> npt.NDArray[np.bool_]:
-    """Which groups are to be collapsed."""
-    return (raw.lengths > LIMIT) | (packed.lengths > 0) if final else raw.lengths + packed.lengths > PENDING
-
-
-def _collapsed(state: Sketch, raw: Lists, packed: Lists, final: bool) -> tuple[Lists, Lists]:
-    chosen = _chosen(raw, packed, final)
-    if not chosen.any():
-        return raw, packed
-    few, many = state.collapsed(raw.where(chosen), packed.where(chosen))
-    return raw.replace(chosen, few), packed.replace(chosen, many)
-
-
-def _replaced(table: pa.Table, state: Sketch, blocks: list[tuple[Lists, Lists]]) -> pa.Table:
-    for name, lists in zip((state.raw, state.packed), zip(*blocks, strict=True), strict=True):
-        field = table.schema.field(name)
-        table = table.set_column(table.schema.get_field_index(name), field, Lists.joined(lists).arrow(field.type))
-    return table
 
 
 COUNTS = 40
@@ -228,9 +92,9 @@ class Ranked(Sketch):
     def columns(self) -> dict[str, str]:
         return {self.raw: "DOUBLE[]", self.packed: "BIGINT[]"}
 
-    def partial(self, time: Sql) -> dict[str, Sql]:
-        value = f"({self.value}::DOUBLE + 0)"
-        return {self.raw: f"list({value}) FILTER ({value} IS NOT NULL)", self.packed: "NULL::BIGINT[]"}
+    @property
+    def sample(self) -> Sql:
+        return f"({self.value}::DOUBLE + 0)"
 
     def buckets(self, values: npt.NDArray[np.float64]) -> Ints:
         """The bucket of every value, ascending with it."""
@@ -306,9 +170,9 @@ class Hashed(Sketch):
     def columns(self) -> dict[str, str]:
         return {self.raw: "BIGINT[]", self.packed: "INTEGER[]"}
 
-    def partial(self, time: Sql) -> dict[str, Sql]:
-        value = f"({stable_hash(self.value, self.kind)} >> 16)::BIGINT"
-        return {self.raw: f"list({value}) FILTER ({value} IS NOT NULL)", self.packed: "NULL::INTEGER[]"}
+    @property
+    def sample(self) -> Sql:
+        return f"({stable_hash(self.value, self.kind)} >> 16)::BIGINT"
 
     def registers(self, hashes: Ints) -> Ints:
         """The register (place * 64 + rank) that each hash sets: the rank is of its first bit set after the place."""

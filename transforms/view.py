@@ -12,13 +12,13 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from pipelines.transforms import query
+from pipelines.transforms import gather, query
 from pipelines.transforms.buckets import hashes
 from pipelines.transforms.chain import FAILURES, Chain, Outcome
 from pipelines.transforms.errors import DataRefused
 from pipelines.transforms.protect import Cipher
 from pipelines.transforms.ranges import EVERYTHING, Ranges, inside
-from pipelines.transforms.sketches import Sketch, collapse, gathered, pointed
+from pipelines.transforms.sketches import Sketch
 from pipelines.transforms.states import State
 from pipelines.transforms.windows import Window
 
@@ -53,16 +53,21 @@ class ViewPlan:
         """The columns of an answer that are not states: keys, window_start, window_end, measures."""
         return [name for name in self.schema.names if not name.startswith("_")]
 
+    @property
+    def samples(self) -> str:
+        """The query for what rows are to sketches; empty where there is none."""
+        return gather.samples(self.states)
+
     def partials(self, rows: pa.Table) -> pa.Table:
         """The states of these rows (partial_schema)."""
         if not len(rows):
             return self.partial_schema.empty_table()
         coded, texts = _coded(rows, self.coded)
-        states = query.run(self.partial, {"batch": coded})
+        states = gather.partials(self.partial, coded, self.states)
         for name, values in texts.items():
             column = values.take(states[name].combine_chunks())
             states = states.set_column(states.schema.get_field_index(name), name, column)
-        return collapse(states, self.states)
+        return states
 
     def tried(self, rows: pa.Table, cipher: Cipher | None = None) -> tuple[pa.Table, Outcome | None]:
         """The states of these rows; and what was refused of them, if in some the expression of a measure fails."""
@@ -79,7 +84,7 @@ class ViewPlan:
         if len(parts) < 2:
             return parts[0] if parts else self.partial_schema.empty_table()
         with self._overflow():
-            return self._gathered(self.merge, pa.concat_tables(parts))
+            return gather.merged(self.merge, pa.concat_tables(parts), self.states)
 
     def finished(self, merged: pa.Table) -> pa.Table:
         """The answers (schema) of merged states. Every row of a key must be in this one table."""
@@ -89,14 +94,8 @@ class ViewPlan:
             if not any(isinstance(state, Sketch) for state in self.states):
                 both = f"WITH batch AS ({self.windowed}) SELECT * FROM ({self.result})"
                 return query.run(both, {"batch": merged})
-            windowed = self._gathered(self.windowed, merged, final=True)
+            windowed = gather.merged(self.windowed, merged, self.states, final=True)
             return query.run(self.result, {"batch": windowed})
-
-    def _gathered(self, sql: str, states: pa.Table, *, final: bool = False) -> pa.Table:
-        """What a query makes of states; the lists of sketches do not pass through it, that costs several times as much
-        time and memory."""
-        made = query.run(sql, {"batch": pointed(states, self.states)})
-        return gathered(made, states, self.states, final=final)
 
     @contextlib.contextmanager
     def _overflow(self) -> Iterator[None]:

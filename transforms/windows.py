@@ -299,11 +299,14 @@ class Session(Window):
         return Duration.fixed(self.gap, "gap")
 
     def islands_sql(self, parts: str, keys: tuple[str, ...]) -> str:
-        """A SELECT that numbers (``_island``) the sessions of each key in ``parts``, by ``_start`` and ``_last``."""
+        """A SELECT that numbers (``_island``) the sessions of each key in ``parts``, by ``_start`` and ``_last``.
+
+        Rows that are equal in both come in another order in each of the two sorts, so their sums include each other.
+        """
         partition = f"PARTITION BY {', '.join(keys)} " if keys else ""
         order = f"({partition}ORDER BY _start, _last"
         return (
-            f"SELECT *, sum(_opens) OVER {order} ROWS UNBOUNDED PRECEDING) AS _island FROM ("
+            f"SELECT *, sum(_opens) OVER {order} RANGE UNBOUNDED PRECEDING) AS _island FROM ("
             f"SELECT *, coalesce(_start - max(_last) OVER {order} ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) "
             f">= {self.micros}, true)::INT AS _opens FROM {parts})"
         )

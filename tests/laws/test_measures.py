@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines.transforms import query
+from pipelines.transforms import gather, query
 from pipelines.transforms.measures import (
     Count,
     Distinct,
@@ -30,7 +30,7 @@ from pipelines.transforms.measures import (
     Sum,
     Variance,
 )
-from pipelines.transforms.sketches import LIMIT, collapse
+from pipelines.transforms.sketches import LIMIT
 from pipelines.transforms.states import State
 from pipelines.transforms.tables import TableCoder
 
@@ -257,16 +257,16 @@ class View:
         types = {"k": pa.int64(), "t": pa.int64(), "x": ARROW[self.kind], "keep": pa.bool_()}
         batch = pa.table({n: pa.array(c, type) for (n, type), c in zip(types.items(), columns, strict=True)})
         made = {name: sql for state in self.states for name, sql in state.partial("t").items()}
-        return collapse(_grouped("count(*)", made, batch), self.states)
+        return gather.partials(_grouped("count(*)", made), batch, self.states)
 
     def merge(self, *tables: pa.Table) -> pa.Table:
         made = {name: sql for state in self.states for name, sql in state.merge().items()}
-        return collapse(_grouped("sum(_rows)::BIGINT", made, pa.concat_tables(tables)), self.states)
+        return gather.merged(_grouped("sum(_rows)::BIGINT", made), pa.concat_tables(tables), self.states)
 
     def results(self, *tables: pa.Table) -> list[dict[tuple[int, int], tuple[Any, bool]]]:
         """Of each table: (key, index of the law) to (result, whether it is exact)."""
         numbered = [table.append_column("_table", pa.repeat(n, len(table))) for n, table in enumerate(tables)]
-        final = collapse(pa.concat_tables(numbered), self.states, final=True)
+        final = gather.collapse(pa.concat_tables(numbered), self.states, final=True)
         made = ""
         for i, (measure, kind) in enumerate((law.measure, self.kind) for law in self.laws):
             made += f", ({measure.result(kind)})::{measure.type(kind)} AS r{i}, {measure.exact(kind)} AS e{i}"
@@ -276,9 +276,9 @@ class View:
         return found
 
 
-def _grouped(count: str, columns: dict[str, str], batch: pa.Table) -> pa.Table:
+def _grouped(count: str, columns: dict[str, str]) -> str:
     made = "".join(f", {sql} AS {name}" for name, sql in columns.items())
-    return query.run(f"SELECT k, {count} AS _rows{made} FROM batch GROUP BY k", {"batch": batch})
+    return f"SELECT k, {count} AS _rows{made} FROM batch GROUP BY k"
 
 
 def _assert_near(law: Law, value: Any, expected: Any, pairs: Pairs) -> None:

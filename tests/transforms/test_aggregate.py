@@ -1,5 +1,6 @@
 """A view's graph, part by part: shares of a batch, and states that wait on the shelf, give what one table would."""
 
+import collections
 import datetime
 import random
 from collections.abc import Iterator
@@ -7,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from pipelines import Count, Distinct, Pipeline, Quantile, Session, Sliding, Source, Sum, Tumbling, View
-from pipelines.transforms import aggregate, query, sketches
+from pipelines.transforms import aggregate, gather
 from pipelines.transforms.aggregate import Merge, Partial
 from pipelines.transforms.spill import Shelf, shelved, spill_folder
 from pipelines.transforms.tables import TABLES
@@ -103,26 +105,31 @@ def test_what_waits_on_the_shelf_is_merged_as_in_memory(
     assert answers(SKETCHED, merged) == whole(SKETCHED, tables)
 
 
-@pytest.mark.parametrize("window", [HOUR, Sliding("2h", every="1h"), Session("30m")])
+@pytest.mark.parametrize(("window", "back"), [(HOUR, [0]), (Sliding("2h", every="1h"), [0, 1]), (Session("30m"), [0])])
 @pytest.mark.parametrize("block", [100, 1 << 18])
-def test_lists_that_do_not_pass_through_a_query_are_those_it_would_make(
-    monkeypatch: pytest.MonkeyPatch, window: Window, block: int
+def test_each_group_has_the_values_of_its_rows(
+    monkeypatch: pytest.MonkeyPatch, window: Window, back: list[int], block: int
 ) -> None:
-    monkeypatch.setattr(sketches, "BLOCK", block)
-    of = plan(window, p95=Quantile("value", 0.95), users=Distinct("user"), p5=Quantile("value", 0.05, error=0.1))
-    tables = [of.partials(rows(n, seed)) for seed, n in enumerate((4, 4000, 900))]
-
-    def ordered(states: pa.Table) -> list[dict[str, Any]]:
-        found = states.to_pylist()  # the order of the values in a list is nobody's
-        return sorted(({k: sorted(v) if isinstance(v, list) else v for k, v in row.items()} for row in found), key=repr)
-
-    def listed(sql: str, states: pa.Table, *, final: bool) -> list[dict[str, Any]]:
-        return ordered(sketches.collapse(query.run(sql, {"batch": states}), of.states, final=final))
-
-    merged = of.merged(tables)
-    assert ordered(merged) == listed(of.merge, pa.concat_tables(tables), final=False)
-    finished = of.finished(merged)
-    assert ordered(finished.drop_columns(list(of.measures))) == listed(of.windowed, merged, final=True)
+    monkeypatch.setattr(gather, "BLOCK", block)
+    measures = {
+        "p95": Quantile("value", 0.95),
+        "users": Distinct("user"),
+        "low": Quantile("value", 0.5, where="user < 99"),
+    }
+    of = plan(window, **measures)
+    tables = [rows(n, seed) for seed, n in enumerate((4, 700, 90))]
+    found = answers(of, [of.merged([of.merged([of.partials(table) for table in tables[:2]]), of.partials(tables[2])])])
+    groups = collections.defaultdict(list)
+    for row in pa.concat_tables(tables).to_pylist():
+        for hours in back:
+            groups[row["key"], row["event_time"] - datetime.timedelta(hours=hours)].append((row["value"], row["user"]))
+    assert len(found) == len(groups)
+    for row in found:
+        group = groups[row["key"], row["window_start"]]
+        low = [value for value, user in group if user < 99]
+        assert row["p95"] == pytest.approx(np.quantile([value for value, _ in group], 0.95))
+        assert row["users"] == len({user for _, user in group})
+        assert row["low"] == (pytest.approx(np.quantile(low, 0.5)) if low else None)
 
 
 def test_memory_holds_little_of_what_waits(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines.transforms import query, sketches
+from pipelines.transforms import gather, query
 from pipelines.transforms.errors import UserError
+from pipelines.transforms.gather import collapse
 from pipelines.transforms.measures import (
     Count,
     Distinct,
@@ -27,20 +28,20 @@ from pipelines.transforms.measures import (
     Sum,
     Variance,
 )
-from pipelines.transforms.sketches import LIMIT, Hashed, Ranked, collapse, stable_hash
+from pipelines.transforms.sketches import LIMIT, Hashed, Ranked, stable_hash
 
 TIMESTAMP = "TIMESTAMP WITH TIME ZONE"
 
 
 def _partial(measure: Measure, kind: str, batch: pa.Table) -> pa.Table:
     made = "".join(f", {sql} AS {n}" for state in measure.states(kind) for n, sql in state.partial("t").items())
-    return query.run(f"SELECT k, count(*) AS _rows{made} FROM batch GROUP BY k", {"batch": batch})
+    return gather.partials(f"SELECT k, count(*) AS _rows{made} FROM batch GROUP BY k", batch, measure.states(kind))
 
 
 def _merge(measure: Measure, kind: str, *parts: pa.Table) -> pa.Table:
     made = "".join(f", {sql} AS {n}" for state in measure.states(kind) for n, sql in state.merge().items())
     sql = f"SELECT k, sum(_rows)::BIGINT AS _rows{made} FROM batch GROUP BY k"
-    return query.run(sql, {"batch": pa.concat_tables(parts)})
+    return gather.merged(sql, pa.concat_tables(parts), measure.states(kind))
 
 
 def _results(measure: Measure, kind: str, states: pa.Table) -> list[Any]:
@@ -220,7 +221,7 @@ def test_collapsing_leaves_all_else_as_it_was(measure: Measure, monkeypatch: pyt
     assert short.drop_columns(list(states[0].columns())) == long.drop_columns(list(states[0].columns()))
     assert short.schema == long.schema
     assert collapse(short, states, final=True).equals(short)
-    monkeypatch.setattr(sketches, "BLOCK", sketches.GROUPS)  # a few groups at a time
+    monkeypatch.setattr(gather, "BLOCK", gather.GROUPS)  # a few groups at a time
     assert collapse(long, states, final=True).equals(short)
     few = long.slice(3, 4)
     assert collapse(pa.concat_tables([few, long.slice(0, 3)]), states) == pa.concat_tables([few, long.slice(0, 3)])
