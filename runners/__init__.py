@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gc
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
@@ -82,7 +83,18 @@ def named(runner: str) -> Engine:
     if runner not in MODULES:
         raise UserError(f"--runner={runner}: no such runner here; one of {', '.join(MODULES)}")
     with uncollected():
-        return cast(Engine, importlib.import_module(f"pipelines.runners.{MODULES[runner]}"))
+        engine = cast(Engine, importlib.import_module(f"pipelines.runners.{MODULES[runner]}"))
+        if engine.DISTRIBUTED:
+            _carry()
+        return engine
+
+
+def _carry() -> None:
+    """Has definitions that are files pickled with all that is in them: workers elsewhere have no such module."""
+    pickling = importlib.import_module("apache_beam.internal.cloudpickle")
+    for name, module in list(sys.modules.items()):
+        if name.startswith("_definition_"):
+            pickling.register_pickle_by_value(module)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.internal.cloudpickle import cloudpickle
 from apache_beam.options.pipeline_options import (
     DebugOptions,
     GoogleCloudOptions,
@@ -86,9 +85,6 @@ def submit(build: Callable[[beam.Pipeline], None], flags: Sequence[str], folder:
     options = PipelineOptions([*ours, f"--labels={LABEL[0]}={LABEL[1]}", *flags])
     check(options)
     _package(options, folder)
-    for module in list(sys.modules):
-        if module.startswith("_definition_"):  # a file of the user's, which no worker has
-            cloudpickle.register_pickle_by_value(sys.modules[module])
     pipeline = beam.Pipeline(runner=DataflowRunner(), options=options)
     build(pipeline)
     return pipeline.run(), options

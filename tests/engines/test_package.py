@@ -15,9 +15,10 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.transforms.environments import ExternalEnvironment
 
-from pipelines import graph
+from pipelines import graph, runners
 from pipelines.definition import load
 from pipelines.examples import flights
+from pipelines.io.table import open_table
 from pipelines.options import Deployment
 from pipelines.run import run
 from pipelines.runners.package import sdist
@@ -84,3 +85,46 @@ def test_a_worker_from_the_sdist_runs_the_flights_to_the_same_digests(pool: str,
     assert facts["rows"]["kept"] == 336_772
     assert facts["views"] == right
     shutil.rmtree(tmp_path)
+
+
+DEFINITION = """
+import datetime
+import pyarrow as pa
+import pyarrow.compute as pc
+from pipelines import Apply, Count, Pipeline, Source, Sum, Tumbling, View
+
+class Sale:
+    at: datetime.datetime
+    cents: int
+
+FACTOR = 2
+
+def priced(rows: pa.Table) -> pa.Table:
+    return rows.append_column("price", times(rows["cents"]))
+
+def times(cents):
+    return pc.multiply(cents, FACTOR)
+
+view = View("by_hour", window=Tumbling("1h"), sales=Count(), revenue=Sum("price"))
+steps = (Apply(priced, adds={"price": int}),)
+sales = Pipeline("sales", source=Source(Sale, event_time="at"), steps=steps, views=(view,))
+"""
+
+
+def test_a_definition_in_a_file_goes_to_the_worker_with_its_functions(pool: str, tmp_path: Path) -> None:
+    (tmp_path / "sales.py").write_text(DEFINITION)
+    (tmp_path / "sales.csv").write_text("at,cents\n" + "2024-05-01T12:00:00Z,5\n" * 3)
+    pipeline = load(f"{tmp_path / 'sales.py'}:sales")
+    runners.named("PrismRunner")  # any that has its workers elsewhere
+    places = Deployment(
+        history=str(tmp_path / "sales.csv"),
+        warehouse=str(tmp_path / "warehouse"),
+        dead_letters=str(tmp_path / "dead"),
+        store=None,
+        report=str(tmp_path / "run.json"),
+    )
+    root = beam.Pipeline(runner=FnApiRunner(default_environment=ExternalEnvironment(pool)), options=PipelineOptions([]))
+    graph.build(root, graph.prepare(pipeline, places))
+    root.run().wait_until_finish()
+    rows = open_table(f"{places.warehouse}/sales/by_hour").dataset().to_table()
+    assert rows.select(["sales", "revenue"]).to_pylist() == [{"sales": 3, "revenue": 30}]
