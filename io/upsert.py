@@ -1,7 +1,8 @@
 """The Store's Beam side: finished view rows go into a generation, and what was written comes out."""
 
 import dataclasses
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import apache_beam as beam
@@ -13,12 +14,16 @@ from apache_beam.utils.windowed_value import WindowedValue
 from pipelines.io.store import LIVE, Store, open_store
 from pipelines.transforms import query
 from pipelines.transforms.expressions import quote
+from pipelines.transforms.ranges import Range
 
 WRITTEN = pa.schema([("view", pa.string()), ("rows", pa.int64()), ("newer", pa.int64())])
 """What a bundle says: rows it was given, and how many were newer than the store's (a retried bundle's are not)."""
 
 ROWS_BITS = 35
 """Of a version in a stream: the rows that an answer is of, behind the epoch of the job."""
+
+AGAIN = 600.0
+"""Seconds after the start of a worker in which it may write again what was written before."""
 
 _ENOUGH = 64 << 20  # bytes held back for one transaction: the more rows together, the fewer pages written
 
@@ -86,6 +91,9 @@ def epoch(seconds: float) -> int:
 class Deliver(beam.DoFn):  # type: ignore[misc]
     """Answers into the LIVE generation of a view in a store; gone: sessions out of it. One transaction a bundle.
 
+    sessions: the windows of a key never overlap. A job that goes on from a checkpoint may find sooner than before that
+    two of them are one; then what begins inside of an answer is a part that was told before, and is deleted.
+
     Guarantee: effectively once. The version of an answer is the rows that it is of, which only grow; that of a session
     that another absorbed is past any. So a bundle that is tried again, or a job that goes on from a checkpoint and cuts
     its panes differently, changes nothing that is newer.
@@ -96,6 +104,8 @@ class Deliver(beam.DoFn):  # type: ignore[misc]
     keys: tuple[str, ...]
     epoch: int
     gone: bool = False
+    sessions: bool = False
+    clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -103,7 +113,7 @@ class Deliver(beam.DoFn):  # type: ignore[misc]
         self._rows: list[pa.Table] = []
 
     def setup(self) -> None:
-        self._store = open_store(self.uri)
+        self._store, self._since = open_store(self.uri), self.clock()
 
     def start_bundle(self) -> None:
         self._rows = []
@@ -126,6 +136,18 @@ class Deliver(beam.DoFn):  # type: ignore[misc]
             newest = f"SELECT * FROM rows QUALIFY row_number() OVER (PARTITION BY {keys} ORDER BY _rows DESC) = 1"
             rows = query.run(newest, {"rows": rows})
         self._store.upsert(self.view, rows, generation=LIVE, version=pc.add(rows["_rows"], first))
+        if self.sessions and self.clock() - self._since < AGAIN:
+            self._delete_parts(self._store, rows)
+
+    def _delete_parts(self, store: Store, rows: pa.Table) -> None:
+        start, end = (times.cast(pa.int64()) for times in (rows["window_start"], rows["window_end"]))
+        held = store.scan(self.view, Range(pc.min(start).as_py() + 1, pc.max(end).as_py()), generation=LIVE)
+        keys = [quote(name) for name in self.keys]
+        same = [f"held.{key} IS NOT DISTINCT FROM rows.{key}" for key in keys[:-1]]
+        inside = "held.window_start > rows.window_start AND held.window_start < rows.window_end"
+        parts = f"SELECT {', '.join(keys)} FROM held SEMI JOIN rows ON {' AND '.join([*same, inside])}"
+        if len(gone := query.run(parts, {"held": held, "rows": rows})):
+            store.delete(self.view, gone, generation=LIVE, version=((self.epoch + 1) << ROWS_BITS) - 1)
 
     def teardown(self) -> None:
         if self._store is not None:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
-from pipelines import arguments, beside, cluster, examples, options, runners, template
+from pipelines import arguments, beside, cluster, examples, jobs, options, runners, template
 from pipelines.arguments import CONTEXT, JSON, PIPELINE, SET, WAREHOUSE, Instant, Length, Pair, Until, option
 from pipelines.transforms.errors import DataRefused, UserError
 
@@ -95,7 +95,8 @@ def run(
     click.echo(report.head())
     rows: Iterable[str] = ()
     if deployment.mode == "batch":
-        progress.last()
+        if deployment.runner not in runners.REMOTE:
+            progress.last()
         rows = warehouse.sample(declared, deployment.warehouse)
     for part in (report.counts(), "", report.views(), *rows, report.foot()):
         click.echo(part)
@@ -290,6 +291,7 @@ def query(sql: str, warehouse: str, as_json: bool) -> None:
 
 
 cli.add_command(cluster.cluster)
+cli.add_command(jobs.jobs)
 cli.add_command(template.template)
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import datetime
 import json
 import sys
 import threading
@@ -15,8 +14,6 @@ import pyarrow as pa
 
 from pipelines.reached import Reached
 from pipelines.transforms.conservation import TALLY, Conservation
-
-EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 PATIENCE = 30.0
 """Seconds without a count that moves, after which what is missing is no longer on its way."""
@@ -106,7 +103,5 @@ def shown(
 
 
 def _through(told: Facts) -> str:
-    if told.reached is None or told.reached.through is None:
-        return ""
-    moment = EPOCH + datetime.timedelta(microseconds=told.reached.through)
-    return f" · complete through {moment.replace(tzinfo=None).isoformat(' ', 'seconds')} UTC"
+    through = told.reached and told.reached.complete_through
+    return f" · complete through {through[:19].replace('T', ' ')} UTC" if through else ""

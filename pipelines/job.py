@@ -30,7 +30,7 @@ class Job:
     command: flags of ``pipelines run``, secrets masked; cwd: where it ran. fingerprint: of the definition, by part.
     epoch: what versions in the store begin with. first: the offset of each partition at which it began. until: when it
     is to end: at an offset of each partition, or at a time. anew: views whose rows of before had to go. started: ISO
-    8601. ended: why it cannot be resumed, if so."""
+    8601. ended: why it cannot be resumed, if so. at: what else its engine must be told to find it."""
 
     pipeline: str
     runner: str
@@ -46,6 +46,7 @@ class Job:
     id: str | None = None
     rest: str | None = None
     ended: str | None = None
+    at: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def state(self) -> str:
         """What its engine calls it; "gone" where no engine knows it any more."""
@@ -133,7 +134,7 @@ def sweep(place: str, job: Job) -> None:
 
 
 def command(argv: list[str]) -> list[str]:
-    """The flags of the run that a process was started as, secrets masked; none where it is no run.
+    """The flags of the run that a process was started as, but --rebuild, secrets masked; none where it is no run.
 
     >>> command(["/venv/bin/pipelines", "run", "--store=redis://me:secret@host"])
     ['--store=redis://me:***@host']
@@ -145,7 +146,7 @@ def command(argv: list[str]) -> list[str]:
         given = argv[2:]
     else:
         return []
-    return [masked(flag) for flag in given]
+    return [masked(flag) for flag in given if flag != "--rebuild"]
 
 
 def places(state: str) -> dict[str, str]:

@@ -6,11 +6,14 @@ some offsets, all that was read before them has been through the graph: what is 
 """
 
 import dataclasses
+import datetime
 from typing import Any
 
 import pyarrow as pa
 
 from pipelines.transforms.lateness import NEVER
+
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,13 @@ class Reached:
     def json(self) -> dict[str, Any]:
         """As JSON."""
         return dataclasses.asdict(self)
+
+    @property
+    def complete_through(self) -> str | None:
+        """``through``, in ISO 8601: every window that ends by then has had its answer."""
+        if self.through is None:
+            return None
+        return (_EPOCH + datetime.timedelta(microseconds=self.through)).isoformat()
 
     @property
     def settled(self) -> bool:

@@ -48,7 +48,7 @@ def start(layer: Layer, deployment: Deployment, epoch: int) -> Start:
     place, found = layer.turns.uri, jobs.read(layer.turns.uri)
     if found is not None:
         found.refuse_running()
-    parts = {**fingerprint(layer), "format": layer.format, "release": str(jobs.STATE)}
+    parts = _parts(layer)
     since = None
     if found is not None and not deployment.rebuild:
         found.refuse_other(place, parts)
@@ -64,6 +64,17 @@ def start(layer: Layer, deployment: Deployment, epoch: int) -> Start:
     jobs.sweep(place, made.job)
     _stored(layer, deployment, made)
     return made
+
+
+def detached(layer: Layer, runner: str, epoch: int, job: Mapping[str, str]) -> Job:
+    """A job that its engine runs without us. job: as the engine's module finds it again: its id as ``job``."""
+    at = {name: value for name, value in job.items() if name != "job"}
+    made = Job(layer.pipeline, runner, _parts(layer), epoch, {}, [], started="")
+    return dataclasses.replace(_now(made), id=job["job"], at=at)
+
+
+def _parts(layer: Layer) -> dict[str, str]:
+    return {**fingerprint(layer), "format": layer.format, "release": str(jobs.STATE)}
 
 
 def _begun(layer: Layer, deployment: Deployment, found: Job | None, parts: dict[str, str], epoch: int) -> Job:

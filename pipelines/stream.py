@@ -30,10 +30,10 @@ from pipelines.io.store import LIVE, open_store
 from pipelines.io.table import Table
 from pipelines.io.upsert import Deliver, epoch
 from pipelines.layer import Layer, layer
-from pipelines.live import _iso, _some
+from pipelines.live import _some
 from pipelines.options import Deployment
 from pipelines.reached import Reached
-from pipelines.runners import Engine, Following, Resumable
+from pipelines.runners import Detached, Engine, Following, Resumable
 from pipelines.transforms.buckets import split
 from pipelines.transforms.deadletters import DEAD_LETTERS, unheld
 from pipelines.transforms.dedupe_stream import DedupeStream
@@ -132,8 +132,10 @@ def _deliver(moved: Any, view: OpenView, stream: Stream) -> None:
     if not stream.store:
         return
     name, keys = stream.layer.named(view), (*view.plan.by, "window_start")
-    _ = moved.answers | f"{name} upsert" >> beam.ParDo(Deliver(stream.store, name, keys, stream.epoch))
-    if isinstance(view.plan.window, Session):
+    sessions = isinstance(view.plan.window, Session)
+    answers = Deliver(stream.store, name, keys, stream.epoch, sessions=sessions)
+    _ = moved.answers | f"{name} upsert" >> beam.ParDo(answers)
+    if sessions:
         _ = moved.gone | f"{name} delete" >> beam.ParDo(Deliver(stream.store, name, keys, stream.epoch, gone=True))
 
 
@@ -229,10 +231,10 @@ def run(
         stack.enter_context(drift.shown(report.title(pipeline, deployment), stream.facts))
         if isinstance(engine, Resumable):
             return _resumed(stream, deployment, engine, flags)
-        return _anew(stream, engine, flags)
+        return _anew(stream, deployment.runner, engine, flags)
 
 
-def _anew(stream: Stream, engine: Engine, flags: Sequence[str]) -> dict[str, Any]:
+def _anew(stream: Stream, runner: str, engine: Engine, flags: Sequence[str]) -> dict[str, Any]:
     """On an engine that keeps nothing."""
     for view in stream.layer.views if stream.store else ():
         with open_store(stream.store or "") as store:
@@ -240,6 +242,10 @@ def _anew(stream: Stream, engine: Engine, flags: Sequence[str]) -> dict[str, Any
     _forget(stream.facts)
     try:
         engine.run(lambda root: build(root, stream), ["--streaming", *flags])
+    except Detached as left:
+        if left.job:
+            job.write(stream.layer.turns.uri, resume.detached(stream.layer, runner, stream.epoch, left.job))
+        raise
     except KeyboardInterrupt:
         said = "stopped; what it held is gone with it: the next run reads the log again from its first offset"
         print(f"{stream.layer.pipeline}: {said}", file=sys.stderr)
@@ -328,7 +334,7 @@ def _any(uri: str) -> bool:
 def _facts(stream: Stream) -> dict[str, Any]:
     told = drift.facts(stream.facts)
     counts, reached = told.counts, told.reached or Reached()
-    through, views = _iso(reached.through), {}
+    through, views = reached.complete_through, {}
     for view in stream.layer.views:
         rows, digest = counts.views.get(view.plan.name, (0, 0, 0))[2], 0
         if stream.store:

@@ -40,6 +40,7 @@ DEALT = False
 _STREAMING = (
     "--max_bundle_time_mills=100",  # how long the engine may hold back what a bundle gives; Flink's default is a second
     "--checkpointing_interval=3000",
+    "--finish_bundle_before_checkpointing",  # what a bundle still gives would be kept by the number of its output
     "--min_pause_between_checkpoints=1000",
     "--externalized_checkpoints_enabled",
     "--retain_externalized_checkpoints_on_cancellation",

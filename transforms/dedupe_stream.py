@@ -8,11 +8,13 @@ import apache_beam as beam
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from apache_beam.pvalue import TaggedOutput
 from apache_beam.transforms.timeutil import TimeDomain
 from apache_beam.transforms.userstate import BagStateSpec, TimerSpec, on_timer
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.timestamp import Timestamp
 
+from pipelines.transforms.conservation import tally
 from pipelines.transforms.dedupe import Repeated, Split
 from pipelines.transforms.protect import Cipher
 from pipelines.transforms.seen import Seen, compacted, merged
@@ -97,6 +99,7 @@ class Once(beam.DoFn):  # type: ignore[misc]
         found = self._seen.advance(held, rows, rows["_expires"].to_numpy())
         if found.piece is not None:
             _add(found.piece, tiers, bags)
+            yield _held(len(found.piece))
             if not held:
                 _set(forget, found.piece["expires"].to_numpy())
         yield from self._repeated.outputs(found.duplicates, found.conflicts, found.details)
@@ -111,16 +114,22 @@ class Once(beam.DoFn):  # type: ignore[misc]
         newer: Any = _NEWER,
         oldest: Any = _OLDEST,
         forget: Any = _TIMER,
-    ) -> None:
+    ) -> Iterator[TaggedOutput]:
         """Drops most of what expired by the time that the watermark has passed."""
-        left = []
+        left, dropped = [], 0
         for bag in (newest, newer, oldest):
             pieces = list(bag.read())
             kept = compacted(pieces, passed.micros)
             _replace(bag, pieces, kept)
             left += [piece["expires"].to_numpy() for piece in kept]
+            dropped += sum(map(len, pieces)) - sum(map(len, kept))
+        yield _held(-dropped)
         if left:
             _set(forget, np.concatenate(left))  # later than passed: most of every piece is
+
+
+def _held(more: int) -> TaggedOutput:
+    return TaggedOutput("tallies", tally("state:identities", "held", more))
 
 
 def _add(piece: pa.Table, tiers: list[list[pa.Table]], bags: list[Any]) -> None:

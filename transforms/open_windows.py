@@ -101,24 +101,33 @@ class _Opened:
 
     def add(self, parts: Iterable[pa.Table]) -> Iterator[Any]:
         """Partial states in; what changes by them out."""
-        new = self.plan.merged(parts)
+        new, before = self.plan.merged(parts), self.rows
         if not len(new):
             return
         held = [*self.old, *self.late]
         known = self.view.touched(pa.concat_tables(held), new) if held else new.slice(0, 0)
         pieces = [Piece("", *self.view.span(known), len(known))] if len(known) else []
         moved = self.view.advance(pieces, lambda _: known, [new], NEVER)
-        part = f"view:{self.plan.name}"
-        counts = tally(part, "rows_out", moved.rows), tally(part, "results", len(moved.answers))
-        yield TaggedOutput("tallies", merge(counts))
-        if len(moved.gone):
-            yield TaggedOutput("gone", moved.gone)
-        yield moved.answers
         if sum(map(len, self.late)) + len(new) > max(FEW, sum(map(len, self.old))):
             self.replace(self.plan.merged([*self.old, *self.late, new]))
         else:
             self._recent.add(new)
             self.late.append(new)
+        part = f"view:{self.plan.name}"
+        counts = tally(part, "rows_out", moved.rows), tally(part, "results", len(moved.answers))
+        yield TaggedOutput("tallies", merge([*counts, self.held(before)]))
+        if len(moved.gone):
+            yield TaggedOutput("gone", moved.gone)
+        yield moved.answers
+
+    @property
+    def rows(self) -> int:
+        """Of state."""
+        return sum(map(len, self.old)) + sum(map(len, self.late))
+
+    def held(self, before: int) -> pa.Table:
+        """TALLY: how many rows of state there are more than before."""
+        return tally(f"state:view {self.plan.name}", "held", self.rows - before)
 
     def replace(self, states: pa.Table) -> None:
         """Makes it hold these."""
@@ -188,9 +197,10 @@ class Keep(beam.DoFn):  # type: ignore[misc]
         """Drops what has closed by the time that the watermark has passed, after all that came before."""
         yield from self._take(settled, recent, waiting, close, turn, due)
         held = _Opened(self.view, settled, recent)
-        states = self.view.plan.merged([*held.old, *held.late])
+        states, before = self.view.plan.merged([*held.old, *held.late]), held.rows
         left = states.filter(pa.array(self.view.closes(states) > passed.micros))
         held.replace(left)
+        yield TaggedOutput("tallies", held.held(before))
         self._close(close, left)
 
     def _take(self, settled: Any, recent: Any, waiting: Any, close: Any, *others: Any) -> Iterator[Any]:

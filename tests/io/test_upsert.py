@@ -8,7 +8,7 @@ from apache_beam.transforms.window import FixedWindows, GlobalWindow, IntervalWi
 from pipelines.io import upsert
 from pipelines.io.sqlite import SqliteStore
 from pipelines.io.store import LIVE, StoreConflict
-from pipelines.io.upsert import WRITTEN, WriteStore
+from pipelines.io.upsert import WRITTEN, Deliver, WriteStore
 
 KEYS = ("sensor", "window_start")
 SCHEMA = pa.schema([("sensor", pa.string()), ("window_start", pa.timestamp("us", "UTC")), ("n", pa.int64())])
@@ -55,6 +55,42 @@ def test_a_large_bundle_is_written_in_parts(tmp_path: Path, monkeypatch: pytest.
         [written] = [value.value.to_pylist() for value in write.finish_bundle()]
         assert written == [{"view": "v", "rows": 2, "newer": 2}]
         write.teardown()
+
+
+SESSIONS = pa.schema(
+    [
+        ("shop", pa.string()),
+        ("window_start", pa.timestamp("us", "UTC")),
+        ("window_end", pa.timestamp("us", "UTC")),
+        ("_rows", pa.int64()),
+    ]
+)
+
+
+def test_parts_of_a_session_that_were_told_before_a_crash_go_with_it(tmp_path: Path) -> None:
+    def sessions(*rows: tuple[str | None, int, int, int]) -> pa.Table:
+        return pa.Table.from_pylist([dict(zip(SESSIONS.names, row, strict=True)) for row in rows], schema=SESSIONS)
+
+    def deliver(rows: pa.Table, at: float = 0.0) -> None:
+        now = iter((0.0, at))
+        write = Deliver(store.path, "v", ("shop", "window_start"), 1, sessions=True, clock=lambda: next(now))
+        write.setup()
+        write.start_bundle()
+        write.process(rows)
+        write.finish_bundle()
+        write.teardown()
+
+    with SqliteStore(tmp_path / "store.db") as store:
+        store.resume("v", SESSIONS, ("shop", "window_start"))
+        deliver(sessions(("a", 5, 15, 1), ("b", 5, 15, 1), (None, 5, 15, 1), ("a", 30, 40, 1)))
+        whole = sessions(("a", 0, 15, 2), (None, 5, 15, 1), ("a", 15, 25, 1))
+        deliver(whole)
+        left = sessions((None, 5, 15, 1), ("a", 0, 15, 2), ("a", 15, 25, 1), ("a", 30, 40, 1), ("b", 5, 15, 1))
+        assert sorted(store.scan("v", generation=LIVE).to_pylist(), key=repr) == sorted(left.to_pylist(), key=repr)
+        deliver(sessions(("a", 5, 15, 1)))  # a pane that is cut as before the crash
+        assert store.scan("v", generation=LIVE).num_rows == 5
+        deliver(sessions(("b", 0, 15, 2)), at=upsert.AGAIN)
+        assert store.scan("v", generation=LIVE).num_rows == 6
 
 
 def test_in_a_pipeline_each_window_hears_of_its_own_rows(tmp_path: Path) -> None:
