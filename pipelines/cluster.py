@@ -19,6 +19,7 @@ def cluster() -> None:
 @cluster.command(context_settings=CONTEXT)
 @click.argument("engine", type=_ENGINE)
 @option("--job_server_jar", metavar="FILE|URL", help="Another job server than the one of this Beam version.")
+@option("--prism_location", metavar="FILE", help="Another Prism than the one of this Beam version.")
 def up(engine: str, **options: Any) -> None:
     """Start what is missing or dead. Repeat it after a crash: it replaces only what died."""
     given = {key: value for key, value in options.items() if value is not None}

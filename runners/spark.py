@@ -49,7 +49,7 @@ def _server(flags: Sequence[str]) -> tuple[Server, list[str]]:
         return lambda: contextlib.nullcontext(given), every
     named = any(flag.partition("=")[0] == "--spark_master_url" for flag in flags)
     if not named and (cluster := clusters.found("spark")):
-        print(f"on the Spark cluster at {cluster.facts['master']}", file=sys.stderr)
+        print(f"SparkRunner: on the cluster at {cluster.facts['master']}", file=sys.stderr)
         return lambda: contextlib.nullcontext(cluster.endpoint), [*_OURS, *spark_cluster.flags(cluster), *flags]
     return lambda: serving(options), every
 

@@ -45,19 +45,20 @@ def plan(folder: Path, port: Callable[[str], int], tell: Callable[[str], None], 
     server = _server(options.get("job_server_jar"))
     jar = server.jar()
     tell(f"with {server.told(jar)}")
-    _classes(folder, server.classpath(jar))
+    for name in ("tmp", "work", "artifacts", "home/jars"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     env = {
-        "SPARK_HOME": str(folder),  # where the worker looks for the classes of its executor, in jars/
+        "SPARK_HOME": f"{folder}/home",  # must have jars/; the executor's classes come as everybody's
         "SPARK_SCALA_VERSION": "2.12",  # else it looks for where Spark was built
         "SPARK_LOCAL_IP": _HOST,
         "SPARK_LOCAL_HOSTNAME": _HOST,
         "SPARK_LOCAL_DIRS": f"{folder}/tmp",
         "SPARK_WORKER_DIR": f"{folder}/work",
     }
-    run = (server.java(), *java.JAVA, f"-Djava.io.tmpdir={folder}/tmp")
-    classes = ("-cp", f"{folder}/jars/*")
+    classes = server.launched(jar)
+    run = (server.java(), *java.JAVA, f"-Djava.io.tmpdir={folder}/tmp", LITTLE)
     master = f"spark://{_HOST}:{port('master')}"
-    executor = " ".join((*java.JAVA, LITTLE, f"-Djava.io.tmpdir={folder}/tmp", *DRIVER[-2:]))
+    executor = " ".join((classes[0], *java.JAVA, LITTLE, f"-Djava.io.tmpdir={folder}/tmp", *DRIVER[-2:]))
     driver = (
         *DRIVER,
         *HERE,
@@ -71,7 +72,6 @@ def plan(folder: Path, port: Callable[[str], int], tell: Callable[[str], None], 
             "master",
             (
                 *run,
-                LITTLE,
                 "-Xmx128m",
                 f"-Dorg.slf4j.simpleLogger.log.{_DEPLOY}=info",
                 *classes,
@@ -86,7 +86,6 @@ def plan(folder: Path, port: Callable[[str], int], tell: Callable[[str], None], 
             "worker",
             (
                 *run,
-                LITTLE,
                 "-Xmx128m",
                 f"-Dorg.slf4j.simpleLogger.log.{_DEPLOY}=info",
                 *classes,
@@ -103,11 +102,10 @@ def plan(folder: Path, port: Callable[[str], int], tell: Callable[[str], None], 
             "job server",
             (
                 *run,
-                LITTLE,
                 "-Xmx512m",
                 *driver,
-                "-jar",
-                str(jar),
+                *classes,
+                MAIN,
                 f"--spark-master-url={master}",
                 f"--job-host={_HOST}",
                 f"--job-port={port('job server')}",
@@ -127,9 +125,8 @@ def plan(folder: Path, port: Callable[[str], int], tell: Callable[[str], None], 
 
 def down(folder: Path) -> None:
     """Removes what the application has left."""
-    for name in ("tmp", "work", "artifacts", "jars"):
-        path = folder / name
-        path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
+    for name in ("tmp", "work", "artifacts", "home"):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def flags(cluster: Cluster) -> list[str]:
@@ -140,17 +137,6 @@ def flags(cluster: Cluster) -> list[str]:
 def _flags(**values: str | int) -> list[str]:
     """As Spark wants them, without an equals sign."""
     return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-
-
-def _classes(folder: Path, path: str) -> None:
-    """Links to the libraries, under the name that Spark expects."""
-    for name in ("tmp", "work", "artifacts", "jars"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    for old in (folder / "jars").iterdir():
-        old.unlink()
-    given = Path(path)
-    for library in given.parent.glob("*.jar") if given.name == "*" else [given]:
-        (folder / "jars" / library.name).symlink_to(library)
 
 
 def _server(given: str | None) -> java.JobServer:

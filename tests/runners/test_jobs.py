@@ -15,7 +15,7 @@ from apache_beam.runners.portability.local_job_service import LocalJobServicer
 from pipelines import definition, run
 from pipelines.examples import flights
 from pipelines.options import Deployment
-from pipelines.runners import flink, jobs, prism, spark
+from pipelines.runners import flink, jobs, prism_cluster, spark
 from pipelines.transforms.errors import DataRefused, UserError
 
 NEEDS = {"FlinkRunner": ("java", "mvn"), "SparkRunner": ("java", "mvn"), "PrismRunner": ("/usr/local/go/bin/go",)}
@@ -79,7 +79,7 @@ def test_a_graph_that_is_run_again_is_built_once_on_a_server_that_ends_with_it(t
 
 def test_a_composed_jar_names_its_libraries_and_is_made_once(clusters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     maven = clusters / "mvn"
-    maven.write_text(f'#!/bin/sh\nfolder=${{6#*=}}; mkdir $folder && touch $folder/{"a" * 80}.jar\n')
+    maven.write_text(f"#!/bin/sh\nfolder=${{6#*=}}; mkdir $folder && touch $folder/{'a' * 80}.jar\n")
     maven.chmod(0o755)
     monkeypatch.setenv("PATH", f"{clusters}:{os.environ['PATH']}")
     server = flink.server(PipelineOptions([]))
@@ -97,7 +97,7 @@ def test_a_jar_that_is_not_there_is_refused() -> None:
     with pytest.raises(UserError, match=r"--spark_job_server_jar=no\.jar"):
         spark.server(PipelineOptions(["--spark_job_server_jar=no.jar"])).jar()
     with pytest.raises(UserError, match="--prism_location=no"):
-        prism.binary(PipelineOptions(["--prism_location=no"]))
+        prism_cluster.binary("no", print)
 
 
 @pytest.mark.slow
