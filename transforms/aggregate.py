@@ -73,9 +73,10 @@ def _shares(rows: pa.Table, plan: ViewPlan, buckets: int) -> Iterator[pa.Table]:
     if n < 2 or not plan.by or not _sketched(plan):
         yield rows
         return
-    texts = {name: rows[name].dictionary_encode().unify_dictionaries() for name in plan.coded}
-    keys = pa.table({name: texts.get(name, rows[name]) for name in plan.by})
-    numbers = bucket(keys, plan.by, buckets) * n // buckets
+    for name in plan.coded:  # codes take less to filter than texts
+        texts = rows[name].dictionary_encode().unify_dictionaries()
+        rows = rows.set_column(rows.schema.get_field_index(name), name, texts)
+    numbers = bucket(rows, plan.by, buckets) * n // buckets
     yield from (rows.filter(pa.array(numbers == number)) for number in np.unique(numbers))
 
 
@@ -96,13 +97,13 @@ class Merge(beam.CombineFn):  # type: ignore[misc]
     def __init__(self, plan: ViewPlan, buckets: int, shelf: Shelf | None = None) -> None:
         self.plan, self.held, self.shelf = plan, PENDING // buckets, shelf
         self.waits = shelf is not None and _sketched(plan)
-        self.enough = RUN if self.waits else self.held
+        self.enough, self.least = (RUN, self.held // 8) if self.waits else (self.held, SHELVED)
 
     def create_accumulator(self) -> list[pa.Table]:
         return [self.plan.partial_schema.empty_table()]
 
     def add_input(self, accumulator: list[pa.Table], states: pa.Table) -> list[pa.Table]:
-        accumulator.append(self._kept(states))
+        self._wait(accumulator, states)
         first, *waiting = map(size, accumulator)
         if sum(waiting) > max(first, self.enough):
             return self._merged(accumulator)
@@ -119,11 +120,13 @@ class Merge(beam.CombineFn):  # type: ignore[misc]
         return accumulator if self.waits or len(accumulator) == 1 else self._merged(accumulator)
 
     def _merged(self, accumulator: list[pa.Table]) -> list[pa.Table]:
-        merged = [self._kept(self.extract_output(accumulator))]
+        merged = self.extract_output(accumulator)
         if self.shelf is not None:
             for states in accumulator:
                 self.shelf.drop(states)
-        return merged
+        kept: list[pa.Table] = []
+        self._wait(kept, merged)
+        return kept
 
     def _laid(self, accumulator: list[pa.Table]) -> list[pa.Table]:
         """The small tables that wait go to the shelf as one, when they are more than is to be held."""
@@ -131,18 +134,26 @@ class Merge(beam.CombineFn):  # type: ignore[misc]
         here = [states for states in waiting if not shelved(states)]
         if sum(map(size, here)) <= self.held:
             return accumulator
-        return [first, *filter(shelved, waiting), self._kept(self.plan.merged(here))]
+        laid = [first, *filter(shelved, waiting)]
+        self._wait(laid, self.plan.merged(here))
+        return laid
+
+    def _wait(self, accumulator: list[pa.Table], states: pa.Table) -> None:
+        """Adds a table: a large one on the shelf, onto what waits there, as each place costs some kB of memory."""
+        if self.shelf is None or size(states) < self.least:
+            # A slice would hold the states of all buckets as long as it waits.
+            accumulator.append(states.take(np.arange(len(states))))
+            return
+        lying = next((at for at in range(1, len(accumulator)) if shelved(accumulator[at])), None)
+        if lying is None or shelved(states):
+            accumulator.append(self.shelf.put(states))
+        else:
+            accumulator[lying] = self.shelf.put(states, accumulator[lying])
 
     def extract_output(self, accumulator: list[pa.Table]) -> pa.Table:
         if self.shelf is not None:
             accumulator = [self.shelf.get(states) for states in accumulator]
         return self.plan.merged(accumulator)
-
-    def _kept(self, states: pa.Table) -> pa.Table:
-        least = self.held // 8 if self.waits else SHELVED
-        if self.shelf is not None and size(states) >= least:
-            return self.shelf.put(states)
-        return states.take(np.arange(len(states)))  # a slice would hold the states of all buckets as long as it waits
 
     def get_accumulator_coder(self) -> beam.coders.Coder:
         return TABLES

@@ -181,28 +181,36 @@ class Shelf:
     folder: Path
     key: bytes = dataclasses.field(default_factory=lambda: secrets.token_bytes(32), repr=False)
 
-    def put(self, table: pa.Table) -> pa.Table:
-        """Raises UserError where the disk is full."""
+    def put(self, table: pa.Table, onto: pa.Table | None = None) -> pa.Table:
+        """What stands for a table from now on; onto: what already lies there, of the same schema, comes before it.
+
+        Raises UserError where the disk is full.
+        """
         if shelved(table):
             return table
-        aes = AESGCM(self.key)
-        lengths: list[int] = []
-        rows = max(1, len(table) * PART // max(1, table.nbytes))
+        name, held, starts, lengths = _place(onto) if onto is not None else ("", 0, [], [])
+        aes, rows = AESGCM(self.key), max(1, len(table) * PART // max(1, table.nbytes))
         with _disk(self.folder):
-            descriptor, name = tempfile.mkstemp(dir=self.folder)
-            with os.fdopen(descriptor, "wb") as file:
+            if not name:
+                descriptor, name = tempfile.mkstemp(dir=self.folder)
+                os.close(descriptor)
+            with open(name, "ab") as file:
                 for start in range(0, max(1, len(table)), rows):
+                    starts.append(file.tell())
                     lengths.append(file.write(_sealed(aes, table.slice(start, rows), len(lengths))))
-        return pa.table([[name], [table.nbytes], [lengths]], schema=_SHELVED)
+        return pa.table([[name], [held + table.nbytes], [starts], [lengths]], schema=_SHELVED)
 
     def get(self, table: pa.Table) -> pa.Table:
         """What a table stands for; one that was never put is itself."""
         if not shelved(table):
             return table
-        aes = AESGCM(self.key)
-        with open(table["_file"][0].as_py(), "rb") as file:
-            lengths = enumerate(table["_lengths"][0].as_py())
-            return pa.concat_tables([_unsealed(aes, file.read(length), number) for number, length in lengths])
+        aes, parts = AESGCM(self.key), []
+        name, _, starts, lengths = _place(table)
+        with open(name, "rb") as file:
+            for number, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+                file.seek(start)
+                parts.append(_unsealed(aes, file.read(length), number))
+        return pa.concat_tables(parts)
 
     def drop(self, table: pa.Table) -> None:
         """Gives back the space of what a table stands for."""
@@ -222,7 +230,15 @@ def _unsealed(aes: AESGCM, sealed: bytes, number: int = 0) -> pa.Table:
     return pa.ipc.open_stream(aes.decrypt(sealed[:_NONCE], sealed[_NONCE:], b"%d" % number)).read_all()
 
 
-_SHELVED = pa.schema([("_file", pa.string()), ("_bytes", pa.int64()), ("_lengths", pa.list_(pa.int64()))])
+_SHELVED = pa.schema(
+    [("_file", pa.string()), ("_bytes", pa.int64()), ("_starts", _INTS := pa.list_(pa.int64())), ("_lengths", _INTS)]
+)
+
+
+def _place(table: pa.Table) -> tuple[str, int, list[int], list[int]]:
+    """File and bytes of what lies on a shelf, and where in the file its parts start, and how long they are."""
+    name, held, starts, lengths = (column[0].as_py() for column in table.columns)
+    return name, held, starts, lengths
 
 
 def shelved(table: pa.Table) -> bool:

@@ -2,6 +2,7 @@
 
 import collections
 import datetime
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,6 +84,20 @@ def test_of_a_large_batch_no_group_is_in_two_shares(monkeypatch: pytest.MonkeyPa
     assert len(groups) == len(set(groups))
     assert len(parts) == len({bucket for bucket, _ in parts}) == BUCKETS
     assert answers(SKETCHED, [states for _, states in parts]) == whole(SKETCHED, [table])
+
+
+def test_a_row_that_a_measure_fails_on_is_refused_with_its_key_from_every_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(aggregate, "SHARE", 400)
+    table = rows(1000).append_column("_source", pa.array(["a.csv"] * 1000).dictionary_encode())
+    table = table.append_column("_offset", pa.array(range(1000), pa.int64())).append_column("ts", table["event_time"])
+    made = list(Partial(plan(p95=Quantile("100 / (user // 9)", 0.95)), BUCKETS, (), None).process(table))
+    dead = pa.concat_tables([m.value for m in made if isinstance(m, beam.pvalue.TaggedOutput) and m.tag == "dead"])
+    of = [row for row in table.to_pylist() if row["user"] < 9]
+    found = sorted(json.loads(letter)["key"] for letter in dead["payload"].to_pylist())
+    assert of
+    assert found == sorted(row["key"] for row in of)
 
 
 @pytest.mark.parametrize("run", [1, 20_000, 1 << 30])

@@ -147,6 +147,18 @@ def test_a_table_on_the_shelf_comes_back_as_it_was(
     assert all(b"secret" not in path.read_bytes() for path in folder.iterdir())
 
 
+def test_a_table_on_the_shelf_is_put_onto_another_as_often_as_it_takes(folder: Path) -> None:
+    shelf, tables = Shelf(folder), [rows(keys, "a") for keys in (["a", "b"], [None], ["c"])]
+    put = [shelf.put(tables[0])]
+    for table in tables[1:]:
+        put.append(shelf.put(table, put[-1]))
+    again = shelf.put(tables[2], put[0])  # as when a step is tried again from where it began
+    found = [shelf.get(place)["id"].to_pylist() for place in (*put, again)]
+    assert found == [["a", "b"], ["a", "b", None], ["a", "b", None, "c"], ["a", "b", "c"]]
+    assert size(put[2]) == sum(table.nbytes for table in tables)
+    assert len(list(folder.iterdir())) == 1
+
+
 def test_a_part_of_a_shelved_table_cannot_be_taken_for_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PART", 1)
     shelf = Shelf(folder)
