@@ -151,9 +151,11 @@ class Merge(beam.CombineFn):  # type: ignore[misc]
             accumulator[lying] = self.shelf.put(states, accumulator[lying])
 
     def extract_output(self, accumulator: list[pa.Table]) -> pa.Table:
-        if self.shelf is not None:
-            accumulator = [self.shelf.get(states) for states in accumulator]
-        return self.plan.merged(accumulator)
+        if self.shelf is None:
+            return self.plan.merged(accumulator)
+        if len(accumulator) == 1:
+            return self.shelf.get(accumulator[0])
+        return self.plan.merged([part for states in accumulator for part in self.shelf.parts(states)])
 
     def get_accumulator_coder(self) -> beam.coders.Coder:
         return TABLES

@@ -202,15 +202,19 @@ class Shelf:
 
     def get(self, table: pa.Table) -> pa.Table:
         """What a table stands for; one that was never put is itself."""
+        return pa.concat_tables(self.parts(table))
+
+    def parts(self, table: pa.Table) -> list[pa.Table]:
+        """The same in the pieces that it was put in, or smaller ones."""
         if not shelved(table):
-            return table
+            return [table]
         aes, parts = AESGCM(self.key), []
         name, _, starts, lengths = _place(table)
         with open(name, "rb") as file:
             for number, (start, length) in enumerate(zip(starts, lengths, strict=True)):
                 file.seek(start)
                 parts.append(_unsealed(aes, file.read(length), number))
-        return pa.concat_tables(parts)
+        return parts
 
     def drop(self, table: pa.Table) -> None:
         """Gives back the space of what a table stands for."""

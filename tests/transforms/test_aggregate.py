@@ -100,17 +100,19 @@ def test_a_row_that_a_measure_fails_on_is_refused_with_its_key_from_every_share(
     assert found == sorted(row["key"] for row in of)
 
 
+@pytest.mark.parametrize("cut", [0, 2])
 @pytest.mark.parametrize("run", [1, 20_000, 1 << 30])
 @pytest.mark.parametrize("pending", [1, 30_000, 1 << 30])
 def test_what_waits_on_the_shelf_is_merged_as_in_memory(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch, pending: int, run: int
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch, pending: int, run: int, cut: int
 ) -> None:
     monkeypatch.setattr(aggregate, "RUN", run)
     monkeypatch.setattr(aggregate, "PENDING", pending)
     tables = [rows(300, seed) for seed in range(6)]
+    halved = [half for half in (tables[:cut], tables[cut:]) if half]
     merge = Merge(SKETCHED, BUCKETS, shelf)
     halves = []
-    for half in (tables[:2], tables[2:]):
+    for half in halved:
         accumulators = {bucket: merge.create_accumulator() for bucket in range(BUCKETS)}
         for table in half:
             for bucket, states in partials(SKETCHED, table):
