@@ -85,7 +85,9 @@ def _batch(
         gc.freeze()  # all of that stays to the end: looking for garbage in it again and again costs another 0.2 CPU-s
 
     disk = contextlib.nullcontext() if engine.DISTRIBUTED else spill_folder()
-    with disk as spill, progress.shown(report.title(pipeline, deployment)), _told():
+    away = deployment.runner in runners.REMOTE  # where what it has read is not told
+    told = contextlib.nullcontext() if away else progress.shown(report.title(pipeline, deployment))
+    with disk as spill, told, _told():
         engine.run(build, flags)
     return cast("report.Facts", json.loads(_taken(deployment.facts)))
 
@@ -105,6 +107,8 @@ def dry_run(pipeline: "Pipeline", deployment: Deployment) -> None:
     """Reads every header, plans every file, looks at every table, holds the graph of a batch run against what is known
     not to work, and runs nothing."""
     runners.named(deployment.runner)
+    if deployment.runner in runners.REMOTE:
+        remote.check(deployment)
     if deployment.mode == "batch":
         from pipelines import graph
 

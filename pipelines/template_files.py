@@ -166,7 +166,8 @@ gcloud storage cp template.json {self.place}
 
 
 _BATCH = """Launching it again is another run: it replaces what it computes in one commit, and a run that dies leaves
-readers on the old answer. The report says what was read, kept and refused."""
+readers on the old answer. What was read, kept and refused, and the digests, are then beside `report`, in a file whose
+name ends in `.facts.json`."""
 
 _STREAM = """It runs on Streaming Engine in exactly-once mode; at least once would count rows twice. Drain it with
 `gcloud dataflow jobs drain JOB`: that closes the open windows early, so their last answers are of the rows so far."""

@@ -37,6 +37,7 @@ _VALUES = {
     "str": r".+",
 }
 _NUMBER = r"-?\d+(\.\d+)?([eE][+-]?\d+)?"
+_FACTS = "What was counted goes beside this name: for run.json to run.facts.json."
 _PLACES = {"store": f"none|{_SYSTEM}", "live": _SYSTEM}
 
 
@@ -104,7 +105,8 @@ def _of(flag: str, param: click.Parameter) -> Parameter:
     default = param.default if isinstance(param.default, str) else None
     if param.type.name == "text" and default is not None and local(default):
         default = "none" if flag == "store" else None
-    return Parameter(flag, param.help or "", f"^({values})$", f"--{flag}=", flag not in _REQUIRED, default)
+    about = _FACTS if flag == "report" else param.help or ""
+    return Parameter(flag, about, f"^({values})$", f"--{flag}=", flag not in _REQUIRED, default)
 
 
 def _dimension(name: str) -> Parameter:

@@ -27,7 +27,7 @@ from apache_beam.options.pipeline_options import (
     WorkerOptions,
 )
 
-from pipelines.runners import Detached
+from pipelines.runners import Detached, preflight
 from pipelines.runners.dataflow_jobs import LABEL, console
 from pipelines.runners.package import sdist
 from pipelines.transforms.errors import UserError
@@ -87,6 +87,7 @@ def submit(build: Callable[[beam.Pipeline], None], flags: Sequence[str], folder:
     _package(options, folder)
     pipeline = beam.Pipeline(runner=DataflowRunner(), options=options)
     build(pipeline)
+    preflight.guard("DataflowRunner", pipeline.to_runner_api())
     return pipeline.run(), options
 
 

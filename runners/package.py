@@ -1,5 +1,6 @@
 """This package as workers install it: the sdist of the checkout that runs. Beam-free."""
 
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,11 @@ def sdist(folder: Path) -> Path:
             f"{root}: no checkout to make the package of, which Dataflow's workers need; run it from one, or give "
             "--sdk_container_image=IMAGE that has it"
         )
+    # setuptools lays the files out in the checkout before it packs them: one at a time
     made = [sys.executable, "setup.py", "-q", "egg_info", "-e", str(folder), "sdist", "-d", str(folder)]
-    done = subprocess.run(made, cwd=root, capture_output=True, text=True)
+    with open(root / "setup.py", "rb") as alone:
+        fcntl.flock(alone, fcntl.LOCK_EX)
+        done = subprocess.run(made, cwd=root, capture_output=True, text=True)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["?"])[-1]
         raise UserError(f"{root}: cannot make the package that Dataflow's workers need: {why}")

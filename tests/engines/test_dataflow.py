@@ -236,12 +236,11 @@ def test_a_flex_template_builds_its_graph_at_launch_with_everything_a_parameter(
 
 
 def test_a_stream_goes_to_streaming_engine_in_exactly_once_mode_and_runs_on_by_itself(google: Google) -> None:
-    """Recorded, not run: the graph is that of the other engines' tests. Its log is of this machine, so the check that
-    refuses that is left out."""
+    """Recorded, not run: FnApiRunner runs no stream. The graph is that of the other engines' tests, and what is staged of
+    it parses. Its log is of this machine, so the check that refuses that is left out."""
     google.pipelines("replay", "--pipeline=flights", "--history=flights.csv?null=NA", "--live=log.db")
-    program = "import pipelines.remote as r; r.check = lambda _: None; from pipelines.cli import process; process()"
     told = google.ran(
-        *("-c", program, "run", "--pipeline=flights", "--mode=stream", "--runner=DataflowRunner", "--live=log.db"),
+        *("-c", UNCHECKED, "run", "--pipeline=flights", "--mode=stream", "--runner=DataflowRunner", "--live=log.db"),
         *(f"--dimension={name}={google.folder}/{name}.csv?null=NA" for name in DIMENSIONS),
         *google.flags("recorded"),
     ).stdout
@@ -249,6 +248,8 @@ def test_a_stream_goes_to_streaming_engine_in_exactly_once_mode_and_runs_on_by_i
     assert job["type"] in (2, "JOB_TYPE_STREAMING")
     assert job["environment"]["serviceOptions"] == ["streaming_mode_exactly_once"]
     assert {"enable_streaming_engine", "enable_windmill_service"} <= set(job["environment"]["experiments"])
+    (google.folder / "stream.options").write_text(json.dumps(options(job)))
+    google.ran("-c", _PARSED, "stream.options")
     number = re.findall(r"flights: Dataflow job (\S+) of recorded in r runs on by itself", told)[0]
     region = Region("recorded", "r", google.service)
     (found,) = [one for one in region.jobs() if one.id == number]
@@ -257,12 +258,22 @@ def test_a_stream_goes_to_streaming_engine_in_exactly_once_mode_and_runs_on_by_i
     assert region.job(number).state == "DRAINED"
 
 
-def test_a_streams_graph_is_whole_and_its_hash_is_told(google: Google) -> None:
-    """What was staged is what was submitted, and parses."""
-    job = google.jobs()[-1]
-    options_ = google.folder / "stream.options"
-    options_.write_text(json.dumps(options(job)))
-    google.ran("-c", _PARSED, str(options_))
+UNCHECKED = "import pipelines.remote as r; r.check = lambda _: None; from pipelines.cli import process; process()"
+
+
+def test_a_classic_template_of_a_stream_is_its_graph_without_parameters(google: Google) -> None:
+    before = len(google.jobs())
+    google.ran(
+        *("-c", UNCHECKED, "template", "build", "flights", "--mode=stream", "--live=log.db", "--state=template"),
+        *("--template_location=gs://bucket/templates/stream", "--store=template.db"),
+        *(f"--dimension={name}={google.folder}/{name}.csv?null=NA" for name in DIMENSIONS),
+        *google.flags(),
+    )
+    assert len(google.jobs()) == before, "nothing is submitted"
+    job = json.loads(google.read("templates/stream"))
+    assert job["environment"]["serviceOptions"] == ["streaming_mode_exactly_once"]
+    metadata = json.loads(google.read("templates/stream_metadata"))
+    assert (metadata["streaming"], metadata["parameters"]) == (True, [])
 
 
 _PARSED = """
