@@ -236,7 +236,7 @@ def test_a_flex_template_builds_its_graph_at_launch_with_everything_a_parameter(
 
 
 def test_a_stream_goes_to_streaming_engine_in_exactly_once_mode_and_runs_on_by_itself(google: Google) -> None:
-    """Recorded, not run: FnApiRunner runs no stream. The graph is that of the other engines' tests, and what is staged of
+    """Recorded, not run: FnApiRunner runs no stream. The graph is that of other engines' tests, and what is staged of
     it parses. Its log is of this machine, so the check that refuses that is left out."""
     google.pipelines("replay", "--pipeline=flights", "--history=flights.csv?null=NA", "--live=log.db")
     told = google.ran(
