@@ -32,6 +32,9 @@ PACE = 0.15
 LOOK = 0.1
 """Seconds between two looks at what a job has counted."""
 
+STILL = 3.0
+"""Seconds without a change in the store, after which a job that has counted all has delivered all."""
+
 Point = Literal["stopped at rest", "stopped while it reads", "killed while it reads"]
 
 
@@ -93,6 +96,8 @@ class Streamed(Trial):
             self._send(part)
         if point == "stopped at rest":
             self._rest(ended)
+            if not isinstance(self.engine, Resumable):  # what such a job has counted and not yet delivered ends with it
+                self._until(ended, self._still)
 
     def _until(self, ended: threading.Event, done: Callable[[], bool]) -> None:
         while not done() and not ended.wait(LOOK):
@@ -114,6 +119,12 @@ class Streamed(Trial):
                 before, since = counts, time.monotonic()
             if time.monotonic() - since > drift.PATIENCE:
                 return
+
+    def _still(self) -> bool:
+        """Whether the store is the same for a while."""
+        before = [self._live(view.name) for view in self.pipeline.views]
+        time.sleep(STILL)
+        return [self._live(view.name) for view in self.pipeline.views] == before
 
     def _newest(self) -> str | None:
         job = jobs.read(self._place)
