@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import time
@@ -122,6 +123,11 @@ def folder(engine: str) -> Path:
     return Path(os.environ.get("PIPELINES_CLUSTERS", ".clusters"), engine).absolute()
 
 
+def scratch(place: Path, member: str) -> Path:
+    """A folder for what a member need not find again: it is empty whenever that starts."""
+    return place / "tmp" / member
+
+
 def found(engine: str) -> Cluster | None:
     """The cluster of an engine, if all of its members are alive.
 
@@ -204,6 +210,8 @@ def _start(member: Member, place: Path) -> Running:
     log = place / f"{member.name}.log"
     if log.exists():
         log.replace(place / f"{member.name}.before.log")
+    shutil.rmtree(scratch(place, member.name), ignore_errors=True)
+    scratch(place, member.name).mkdir(parents=True)
     with log.open("wb") as file:
         process = subprocess.Popen(
             [*member.command],
@@ -243,9 +251,13 @@ def _listening(process: psutil.Process) -> set[int]:
     with contextlib.suppress(psutil.NoSuchProcess):
         for one in [process, *process.children(recursive=True)]:
             with contextlib.suppress(psutil.Error):
-                found = one.net_connections(kind="tcp")
-                ports |= {each.laddr.port for each in found if each.status == psutil.CONN_LISTEN}
+                ports |= _ports(one)
     return ports
+
+
+def _ports(process: psutil.Process) -> set[int]:
+    found = process.net_connections(kind="tcp")
+    return {each.laddr.port for each in found if each.status == psutil.CONN_LISTEN}
 
 
 def _taken(port: int) -> str:
@@ -255,10 +267,10 @@ def _taken(port: int) -> str:
         with contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return ""
-    with contextlib.suppress(psutil.Error):  # some systems do not say
-        for one in psutil.net_connections(kind="tcp"):
-            if one.status == psutil.CONN_LISTEN and one.laddr.port == port and one.pid:
-                return f"process {one.pid} ({psutil.Process(one.pid).name()})"
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # gone, or not for us to see
+            if port in _ports(process):
+                return f"process {process.pid} ({process.name()})"
     return "another process"
 
 

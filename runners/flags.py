@@ -13,6 +13,10 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from pipelines.transforms.errors import UserError
 
 
+_MORE = {"--state_backend": ("filesystem", "rocksdb")}
+"""Options of Flink's job server that Beam's Python does not know, and their values: state on the heap, or on disk."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (an option of Apache Beam)")
@@ -30,6 +34,8 @@ def accepted(flags: Sequence[str], ours: Iterable[str] = ()) -> list[str]:
     for options in PipelineOptions.__subclasses__():
         if options.__module__.startswith("apache_beam."):
             options._add_argparse_args(parser)
+    for name, values in _MORE.items():
+        parser.add_argument(name, choices=values)
     known = set(parser._option_string_actions)
     spelt = [_spelt(flag, known) for flag in flags]
     _, unknown = parser.parse_known_args(spelt)

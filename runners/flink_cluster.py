@@ -8,11 +8,11 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.runners import java
+from pipelines.runners import clusters, java
 from pipelines.runners.clusters import Cluster, Member, Plan
 
 if TYPE_CHECKING:
@@ -44,7 +44,12 @@ _SIZES = {
 """A TaskManager that no script of Flink starts must be told each of them."""
 
 _LITTLE = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
-"""For those that have little to do: compiling that well costs more than it saves."""
+"""Little of the work is Java's: compiling it well doubled the CPU of a TaskManager, and garbage is little too."""
+
+_ZOOKEEPER = (*_LITTLE, "-Xmx64m", "-Dzookeeper.preAllocSize=1024")
+_MANAGER = (*_LITTLE, "-Xmx448m")
+_TASKS = (*_LITTLE, "-Xmx640m", "-XX:MaxDirectMemorySize=512m")
+_SERVER = (*_LITTLE, "-Xmx512m")
 
 _LOGS = (
     "-Dorg.slf4j.simpleLogger.showDateTime=true",
@@ -61,70 +66,25 @@ def plan(folder: Path, port: Callable[[str], int], tell: Callable[[str], None], 
     tell(f"with {jobs.told(jar)}")
     settings = _settings(folder, port)
     _configure(folder, settings, port("zookeeper"))
-    classes = jobs.launched(jar)
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=4).hexdigest()  # members of other ones are replaced
-    run = (jobs.java(), *java.JAVA, *_LOGS, f"-Djava.io.tmpdir={folder}/tmp", f"-Dsettings={digest}")
-    endpoint, rest = f"{_HOST}:{port('job server')}", f"{_HOST}:{port('rest')}"
-    artifacts = f"--artifacts-dir={folder}/artifacts"
+    run = (jobs.java(), *java.JAVA, *_LOGS, f"-Dsettings={digest}", *jobs.launched(jar))
+    conf, rest, endpoint = f"{folder}/conf", f"{_HOST}:{port('rest')}", f"{_HOST}:{port('job server')}"
     ports = (f"--job-port={port('job server')}", f"--artifact-port={port('artifacts')}", "--expansion-port=0")
+    submitting = (f"--flink-master={rest}", f"--job-host={_HOST}", *ports, f"--artifacts-dir={folder}/artifacts")
+
+    def member(name: str, of: str, memory: Sequence[str], *program: str, ready: str | None = None) -> Member:
+        own = f"-Djava.io.tmpdir={clusters.scratch(folder, name)}"
+        return Member(name, (*run, *memory, own, *program), port=port(of), ready=ready)
+
+    quorum = f"{_RUNTIME}.zookeeper.FlinkZooKeeperQuorumPeer"
+    manager = f"{_RUNTIME}.entrypoint.StandaloneSessionClusterEntrypoint"
+    runner = f"{_RUNTIME}.taskexecutor.TaskManagerRunner"
+    registered = "Successful registration at resource manager"
     members = [
-        Member(
-            "zookeeper",
-            (
-                *run,
-                *_LITTLE,
-                "-Xmx64m",
-                *classes,
-                f"{_RUNTIME}.zookeeper.FlinkZooKeeperQuorumPeer",
-                "--zkConfigFile",
-                f"{folder}/conf/zoo.cfg",
-                "--peerId",
-                "1",
-            ),
-            port=port("zookeeper"),
-        ),
-        Member(
-            "jobmanager",
-            (
-                *run,
-                *_LITTLE,
-                "-Xmx448m",
-                *classes,
-                f"{_RUNTIME}.entrypoint.StandaloneSessionClusterEntrypoint",
-                f"--configDir={folder}/conf",
-            ),
-            port=port("rest"),
-            ready="granted leadership",
-        ),
-        Member(
-            "taskmanager",
-            (
-                *run,
-                "-Xmx640m",
-                "-XX:MaxDirectMemorySize=512m",
-                *classes,
-                f"{_RUNTIME}.taskexecutor.TaskManagerRunner",
-                f"--configDir={folder}/conf",
-            ),
-            port=port("taskmanager"),
-            ready="Successful registration at resource manager",
-        ),
-        Member(
-            "job server",
-            (
-                *run,
-                *_LITTLE,
-                "-Xmx512m",
-                *classes,
-                MAIN,
-                f"--flink-master={rest}",
-                f"--job-host={_HOST}",
-                *ports,
-                artifacts,
-            ),
-            port=port("job server"),
-            ready=java.STARTED.pattern,
-        ),
+        member("zookeeper", "zookeeper", _ZOOKEEPER, quorum, "--zkConfigFile", f"{conf}/zoo.cfg", "--peerId", "1"),
+        member("jobmanager", "rest", _MANAGER, manager, f"--configDir={conf}", ready="granted leadership"),
+        member("taskmanager", "taskmanager", _TASKS, runner, f"--configDir={conf}", ready=registered),
+        member("job server", "job server", _SERVER, MAIN, *submitting, ready=java.STARTED.pattern),
         workers(port("worker pool")),
     ]
     facts = {
@@ -201,13 +161,12 @@ def _settings(folder: Path, port: Callable[[str], int]) -> dict[str, str | float
         "state.checkpoints.dir": f"file://{folder}/checkpoints",
         "state.savepoints.dir": f"file://{folder}/savepoints",
         "state.backend.incremental": True,
-        "io.tmp.dirs": f"{folder}/tmp",
         "classloader.resolve-order": "parent-first",
     }
 
 
 def _configure(folder: Path, settings: Mapping[str, str | float], port: int) -> None:
-    for name in ("conf", "tmp", "ha", "zookeeper", "checkpoints", "savepoints", "artifacts"):
+    for name in ("conf", "ha", "zookeeper", "checkpoints", "savepoints", "artifacts"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     lines = [f"{key}: {json.dumps(value)}\n" for key, value in settings.items()]
     (folder / "conf" / "config.yaml").write_text("".join(lines))

@@ -222,6 +222,11 @@ def _provided(asked: Asked) -> tuple[PipelineOptions, frozenset[str]]:
     return PipelineOptions.from_dictionary(told), frozenset(info.runner_capabilities)
 
 
+def _told(record: logging.LogRecord) -> bool:
+    """Beam warns of what it lacks and nobody asked for."""
+    return record.levelno >= logging.ERROR or "/apache_beam/" not in record.pathname
+
+
 def main(given: Iterable[str]) -> None:
     """Serves until it is killed."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.runners.worker_pool", description=__doc__)
@@ -231,7 +236,7 @@ def main(given: Iterable[str]) -> None:
     parser.add_argument("--tether", type=int, help=argparse.SUPPRESS)
     flags = parser.parse_args([*given])
     logging.basicConfig(level=logging.WARNING)
-    logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    logging.getLogger().handlers[0].addFilter(_told)
     if flags.worker:
         _run(lambda: _work(Asked(**json.loads(flags.worker)), flags.tether))
     for name in filter(None, flags.preload.split(",")):

@@ -182,13 +182,16 @@ def plain(table: pa.Table) -> list[dict[str, Any]]:
     return sorted(table.to_pylist(), key=lambda row: (row["shop"], row["window_start"]))
 
 
+@pytest.mark.parametrize(
+    ("backend", "names"), [("filesystem", ("taskmanager", "jobmanager", "worker pool")), ("rocksdb", ("taskmanager",))]
+)
 def test_a_stream_survives_the_kill_of_every_member_and_equals_a_bounded_run(
-    cluster: Cluster, tmp_path: Path, record_property: Any
+    backend: str, names: tuple[str, ...], cluster: Cluster, tmp_path: Path, record_property: Any
 ) -> None:
     stream = Stream(tmp_path)
-    with stream.running() as process:
+    with stream.running(f"--state_backend={backend}") as process:
         stream.catch_up(process, 120)
-        for name in ("taskmanager", "jobmanager", "worker pool"):
+        for name in names:
             stream.send(300)
             time.sleep(3)  # a checkpoint, or not
             (killed,) = (one for one in clusters.up("flink").members if one.name == name)
@@ -203,7 +206,7 @@ def test_a_stream_survives_the_kill_of_every_member_and_equals_a_bounded_run(
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, (tmp_path / "said").read_text()[-3000:]
     stream.send(100)
-    with stream.running("--until=end") as process:
+    with stream.running(f"--state_backend={backend}", "--until=end") as process:
         assert process.wait(120) == 0, (tmp_path / "said").read_text()[-3000:]
     stream.check()
 

@@ -19,6 +19,7 @@ def test_what_beam_knows_passes_in_either_spelling() -> None:
         (["--dead-leters", "x"], "no option --dead-leters.*Nearest: --dead_letters"),
         (["--job_nam=x"], "no option --job_nam.*Nearest: --job_name"),
         (["--direct_num_workers=many"], "direct_num_workers.*many"),
+        (["--state_backend=heap"], "invalid choice: 'heap' .*rocksdb"),
         (["flights"], "unexpected argument 'flights'"),
         (["--streaming", "--zzzzzzzz"], "no option --zzzzzzzz"),
     ],
