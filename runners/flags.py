@@ -12,7 +12,6 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipelines.transforms.errors import UserError
 
-
 _MORE = {"--state_backend": ("filesystem", "rocksdb")}
 """Options of Flink's job server that Beam's Python does not know, and their values: state on the heap, or on disk."""
 
