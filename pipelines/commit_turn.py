@@ -54,11 +54,13 @@ State = dict[str, list[dict[str, Any]]]
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Offsets of a partition that a turn reads: from the position up to ``stop``."""
+    """Offsets of a partition that a turn reads: from the position up to ``stop``, or until it has so many ``bytes`` of
+    payloads."""
 
     partition: str
     position: Position
     stop: int
+    bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +99,7 @@ def following(turns: Turns) -> Next:
     """The turn that is to be taken."""
     said = json.loads(turns.intended())
     del said["last"]
-    spans = tuple(Span(one["partition"], Position(**one["position"]), one["stop"]) for one in said.pop("spans"))
+    spans = tuple(Span(**{**one, "position": Position(**one["position"])}) for one in said.pop("spans"))
     positions = {name: Position(**position) for name, position in said.pop("positions").items()}
     last = turns.last()
     if last is not None and last.number >= said["number"]:  # a commit that is tried again

@@ -34,7 +34,12 @@ if TYPE_CHECKING:
     import apache_beam as beam
 
 TURN_ROWS = 1 << 19
-"""Rows that a turn reads at most, of all partitions: what it holds in memory, and how long it may take."""
+"""Rows that a turn reads at most, of all partitions: how long it may take, and what it holds in memory where rows are
+small."""
+
+TURN_BYTES = 64 << 20
+"""Bytes of payloads that it reads at most, but the last message of each partition whole: what it holds where they are
+large."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,13 +291,17 @@ class SpeedLayer:
 def _spans(positions: dict[str, Position], bounds: dict[str, Bounds]) -> tuple[Span, ...]:
     """What a turn reads: a fair share of each partition that has something new."""
     waiting = {name: bounds[name].end - position.offset for name, position in positions.items() if name in bounds}
-    spans, left = [], TURN_ROWS
+    taking, left = {}, TURN_ROWS
     for number, (name, rows) in enumerate(sorted(((n, r) for n, r in waiting.items() if r), key=lambda item: item[1])):
         share = max(1, left // (sum(map(bool, waiting.values())) - number))
         taken = min(rows, share)
         left -= taken
-        spans.append(Span(name, positions[name], positions[name].offset + taken))
-    return tuple(sorted(spans, key=lambda span: span.partition))
+        taking[name] = taken
+    each = TURN_BYTES // max(1, sum(taking.values()))
+    return tuple(
+        Span(name, positions[name], positions[name].offset + taken, each * taken)
+        for name, taken in sorted(taking.items())
+    )
 
 
 def _token(number: int, last: Turn | None, spans: tuple[Span, ...], *others: object) -> str:

@@ -20,6 +20,7 @@ from pipelines.io.log import open_log
 from pipelines.layer import Layer
 from pipelines.transforms import tables  # noqa: F401  (registers the coder of pa.Table)
 from pipelines.transforms.buckets import split
+from pipelines.transforms.conform import RAW
 from pipelines.transforms.conservation import SPAN, tally
 from pipelines.transforms.deadletters import refuse
 from pipelines.transforms.lateness import EXPIRES, Position
@@ -28,6 +29,9 @@ from pipelines.transforms.speed import OpenView, Piece
 
 ROWS = 1 << 20
 """Rows of a table that is handed on, at most."""
+
+READ = 16 << 20
+"""Bytes of payloads that are read at once, about."""
 
 Numbered = tuple[int, pa.Table]
 """A table with the number of the place that it goes to. What the commit needs (TALLY, DEAD_LETTERS, SPAN, POSITIONS,
@@ -77,13 +81,14 @@ class _Take(beam.DoFn):  # type: ignore[misc]
         self._rows: list[pa.Table] = []
 
     def process(self, span: Span) -> Iterator[Any]:
-        position = span.position
+        position, left = span.position, span.bytes
         with open_log(self.layer.log) as log:
-            while position.offset < span.stop:
-                messages = log.read(span.partition, position.offset, span.stop)
+            while position.offset < span.stop and left > 0:
+                messages = log.read(span.partition, position.offset, span.stop, max_bytes=min(READ, left))
                 if not len(messages):
                     position = dataclasses.replace(position, offset=span.stop)
                     break
+                left -= messages[RAW.name].nbytes
                 taken = self.layer.intake.take(messages, position)
                 position = taken.position
                 yield from _facts(taken.tallies, taken.dead)

@@ -363,6 +363,23 @@ def test_partitions_at_very_different_speeds(tmp_path: Path, monkeypatch: pytest
     assert layer.check().counts["late"] == 0
 
 
+def test_a_turn_is_bounded_by_bytes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [some(0, 1100, step=0.25), some(0, 100, first=2000)]
+    layer = Live(tmp_path, partitions=2)
+    for number, of in enumerate(rows):
+        layer.send(str(number), *of)
+    monkeypatch.setattr(live_module, "TURN_BYTES", 300 * len(encoded(rows[0][0])))
+    read, backlog = [0], True
+    while backlog:
+        backlog = layer.speed.turn()
+        read.append(sum(position.offset for position in layer.speed.positions.values()))
+        layer.restart()
+    assert read[-1] == 1200
+    assert len(read) > 4
+    assert all(0 < after - before < 400 for before, after in itertools.pairwise(read))
+    layer.check()
+
+
 def test_conflicts_across_turns(tmp_path: Path) -> None:
     """The first in log order counts; another of its identity is refused for as long as the identity is known."""
     live = Live(tmp_path, partitions=2)

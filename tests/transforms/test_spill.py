@@ -148,7 +148,8 @@ def test_a_table_on_the_shelf_comes_back_as_it_was(
 
 
 def test_a_table_on_the_shelf_is_put_onto_another_as_often_as_it_takes(folder: Path) -> None:
-    shelf, tables = Shelf(folder), [rows(keys, "a") for keys in (["a", "b"], [None], ["c"])]
+    given: list[list[str | None]] = [["a", "b"], [None], ["c"]]
+    shelf, tables = Shelf(folder), [rows(keys, "a") for keys in given]
     put = [shelf.put(tables[0])]
     for table in tables[1:]:
         put.append(shelf.put(table, put[-1]))
