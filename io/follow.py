@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import apache_beam as beam
+import fsspec
 import pyarrow as pa
 from apache_beam.io.iobase import RestrictionProgress, RestrictionTracker
 from apache_beam.io.watermark_estimators import ManualWatermarkEstimator
@@ -31,6 +32,9 @@ POLL = 0.05
 
 PLACES = pa.schema([("partition", pa.string()), ("offset", pa.int64()), ("watermark", pa.int64())])
 """How far partitions were read: the next offset of each, and its watermark (µs, or NEVER)."""
+
+LOOK = 1.0
+"""Seconds until a source looks again whether it is to end."""
 
 Until = Literal["end"] | Mapping[str, int] | int | None
 """When a source ends: "end", when it has read what the log held at first; or up to an offset of each partition; µs,
@@ -90,7 +94,8 @@ class Follow(beam.PTransform):  # type: ignore[misc]
 
     Guarantee: every message is read once, and a bundle that is tried again gives the same. Its watermark is the least
     that the Intake reports over the partitions; one without backlog moves with the clock from ``IDLE_AFTER`` on.
-    until: when it ends. Raises DataRefused where the log no longer holds what is next.
+    until: when it ends. drain: a URI; it also ends as soon as a file is there. Raises DataRefused where the log no
+    longer holds what is next.
 
     >>> import datetime, tempfile
     >>> from pipelines.transforms.decoder import Decoder
@@ -115,12 +120,13 @@ class Follow(beam.PTransform):  # type: ignore[misc]
     intake: Intake
     until: Until = None
     clock: Callable[[], float] = time.time
+    drain: str | None = None
 
     def __post_init__(self) -> None:
         super().__init__()
 
     def expand(self, start: beam.pvalue.PBegin) -> Any:
-        read = _Read(self.uri, self.intake, self.until, self.clock)
+        read = _Read(self.uri, self.intake, self.until, self.clock, self.drain)
         part = beam.ParDo(read).with_output_types(pa.Table, dead=pa.Table, tallies=pa.Table, places=pa.Table)
         return (
             start | beam.Create([None], reshuffle=False) | part.with_outputs("dead", "tallies", "places", main="rows")
@@ -161,8 +167,11 @@ class _Tracker(RestrictionTracker):  # type: ignore[misc]
 
 
 class _Read(beam.DoFn, RestrictionProvider, WatermarkEstimatorProvider):  # type: ignore[misc]
-    def __init__(self, uri: str, intake: Intake, until: Until, clock: Callable[[], float]) -> None:
-        self._uri, self._intake, self._until, self._clock = uri, intake, until, clock
+    def __init__(
+        self, uri: str, intake: Intake, until: Until, clock: Callable[[], float], drain: str | None = None
+    ) -> None:
+        self._uri, self._intake, self._until, self._clock, self._drain = uri, intake, until, clock, drain
+        self._looked, self._drained = 0.0, False
         self._opened: Log | None = None
         self._stops = dict(until) if isinstance(until, Mapping) else None
         if until == "end":
@@ -303,6 +312,11 @@ class _Read(beam.DoFn, RestrictionProvider, WatermarkEstimatorProvider):  # type
 
     def _left(self, share: Share) -> Share:
         """Without what is read to its end. Where that is a time, all of a share ends there."""
+        if self._drain is not None and time.monotonic() - self._looked > LOOK:
+            files, path = fsspec.url_to_fs(self._drain)
+            self._looked, self._drained = time.monotonic(), files.exists(path)
+        if self._drained:
+            return Share()
         if isinstance(self._until, int) and share.watermark(self._intake.disorder) >= self._until:
             return Share()
         left = (r for r in share.readings if r.stop is None or r.position.offset < r.stop)

@@ -72,6 +72,10 @@ class Job:
         """Where it keeps what it can be resumed from. place: ``<state>/<pipeline>``."""
         return f"{place}/flink/{self.epoch}"
 
+    def drain(self, place: str) -> str:
+        """The file that ends its input."""
+        return f"{place}/drain-{self.epoch}"
+
     def newest(self, place: str) -> str | None:
         """What it would be resumed from."""
         return flink_jobs.newest(self.kept(place))

@@ -33,7 +33,8 @@ class Facts(TypedDict):
     "exploded") and reason. unmatched: look-ups without a match, by dimension and reason.
     boundary: the time up to which the batch layer now speaks. first, last: the least and greatest event time kept.
     skipped: views that a range of event times cannot recompute. Of a live run: positions, the next offset of each
-    partition; lag, the rows that the log has behind them; state, the rows of state that are kept.
+    partition; lag, the rows that the log has behind them; state, the rows of state that are kept; incomplete, which
+    answers are not of all their rows.
     """
 
     rows: dict[str, int]
@@ -49,6 +50,7 @@ class Facts(TypedDict):
     positions: NotRequired[dict[str, int]]
     lag: NotRequired[int]
     state: NotRequired[int]
+    incomplete: NotRequired[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Report:
             "unmatched": facts["unmatched"],
             "views": facts["views"],
             "boundary": facts["boundary"],
-            **{name: value for name, value in facts.items() if name in ("positions", "lag", "state")},
+            **{name: value for name, value in facts.items() if name in ("positions", "lag", "state", "incomplete")},
             **dataclasses.asdict(self.usage),
         }
         return json.dumps(told, indent=2, ensure_ascii=False)
@@ -148,7 +150,7 @@ class Report:
             for name, view in self.facts["views"].items()
         ]
         skipped = [f"  {name}: left as it was; a range cannot recompute it" for name in self.facts["skipped"]]
-        skipped += [f"  {since}"] if (since := self.facts.get("since")) else []
+        skipped += [f"  {said}" for said in (self.facts.get("since"), self.facts.get("incomplete")) if said]
         return "\n".join(
             [indent(grid(("view", "rows", "digest", "complete through"), rows)), *skipped] if rows else skipped
         )

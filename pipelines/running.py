@@ -4,6 +4,8 @@ import dataclasses
 import time
 from typing import Any, Protocol
 
+import fsspec
+
 from pipelines import drift, job
 from pipelines.arguments import near
 from pipelines.job import Job
@@ -12,6 +14,11 @@ from pipelines.transforms.errors import UserError
 
 ENDS = 60.0
 """Seconds that a job may take to end."""
+
+GRACE = 5.0
+"""Seconds in which the run that has started a job ends it, once its input is over."""
+
+LOOK = 0.2
 
 
 class Engine(Protocol):
@@ -37,18 +44,27 @@ class Engine(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class OnFlink:
-    """A job on Flink. folder: where its savepoints go."""
+    """A job on Flink. place: ``<state>/<pipeline>``."""
 
     rest: flink_jobs.Rest
     id: str
-    folder: str
+    job: Job
+    place: str
+
+    @property
+    def folder(self) -> str:
+        """Where its savepoints go."""
+        return flink_jobs.location(f"{self.job.kept(self.place)}/savepoints")
 
     def state(self) -> str:
         return self.rest.state(self.id) or "gone"
 
     @property
     def lives(self) -> bool:
-        return self.state() in flink_jobs.LIVING
+        try:
+            return self.state() in flink_jobs.LIVING
+        except flink_jobs.Unreachable:  # a Flink of one job ends with it
+            return False
 
     def details(self) -> dict[str, Any]:
         told = self.rest.checkpoints(self.id)
@@ -63,23 +79,40 @@ class OnFlink:
         }
 
     def stop(self, how: str) -> str | None:
-        place = None
+        last = None
         if how == "now":
             self.rest.cancel(self.id)
+        elif how == "drain":
+            self._drain()
         else:
-            place = self.rest.stop(self.id, flink_jobs.location(self.folder), drain=how == "drain")
+            last = self.rest.stop(self.id, self.folder)
         end = time.monotonic() + ENDS
-        while time.monotonic() < end:
-            try:
-                if not self.lives:
-                    break
-            except flink_jobs.Unreachable:  # a Flink of one job ends with it
-                break
-            time.sleep(0.2)
-        return place
+        while self.lives and time.monotonic() < end:
+            time.sleep(LOOK)
+        return last
+
+    def _drain(self) -> None:
+        """Ends its input, waits until all of it is answered, and then ends the job, if the run that started it does
+        not. Raises UserError where that takes too long: then it goes on."""
+        with fsspec.open(self.job.drain(self.place), "wt") as file:
+            file.write("")
+        end = time.monotonic() + flink_jobs.PATIENCE
+        while not drift.facts(f"{self.place}/stream.json").ended:
+            if time.monotonic() > end or not self.lives:
+                files, path = fsspec.url_to_fs(self.job.drain(self.place))
+                files.rm(path)
+                raise UserError(
+                    f"{self.job.pipeline}: not drained within {flink_jobs.PATIENCE:.0f} s; stop it otherwise"
+                )
+            time.sleep(LOOK)
+        end = time.monotonic() + GRACE
+        while self.lives:
+            if time.monotonic() > end:
+                self.rest.stop(self.id, self.folder)
+            time.sleep(LOOK)
 
     def savepoint(self) -> str:
-        return self.rest.savepoint(self.id, flink_jobs.location(self.folder))
+        return self.rest.savepoint(self.id, self.folder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +169,7 @@ def engine(of: Job, place: str) -> Engine | None:
     if of.runner == "DataflowRunner" and of.id:
         return OnDataflow(dataflow_jobs.Region(**of.at), of.id)
     at = of.found()
-    return None if at is None else OnFlink(*at, f"{of.kept(place)}/savepoints")
+    return None if at is None else OnFlink(*at, of, place)
 
 
 def row(of: Job, place: str) -> dict[str, Any]:

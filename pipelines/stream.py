@@ -77,7 +77,8 @@ _held: dict[tuple[Dimension, str], tuple[float, pa.Table]] = {}
 class Stream:
     """How a speed layer is streamed. facts: where what was counted is written, as JSON. epoch: of the job. trigger: µs
     between early answers; None: there are none. until: when it ends. dealt: rows go through a Reshuffle behind the
-    source. clock: seconds, by which a partition is idle."""
+    source. watched: it tells how far it is with its counts. drain: a URI; its input ends when a file is there. clock:
+    seconds, by which a partition is idle."""
 
     layer: Layer
     dimensions: Dimensions
@@ -88,13 +89,14 @@ class Stream:
     until: Until = None
     dealt: bool = False
     watched: bool = False
+    drain: str | None = None
     clock: Callable[[], float] = time.time
 
 
 def build(root: beam.Pipeline, stream: Stream) -> None:
     """Puts the graph on an empty Beam pipeline."""
     layer = stream.layer
-    followed = root | "follow" >> Follow(layer.log, layer.intake, stream.until, stream.clock)
+    followed = root | "follow" >> Follow(layer.log, layer.intake, stream.until, stream.clock, stream.drain)
     rows, dead, tallies = followed.rows, [followed.dead], [followed.tallies]
     if stream.dealt:
         rows = rows | beam.Reshuffle()
@@ -256,7 +258,8 @@ def _anew(stream: Stream, runner: str, engine: Engine, flags: Sequence[str]) -> 
 def _resumed(stream: Stream, deployment: Deployment, engine: Resumable, flags: Sequence[str]) -> dict[str, Any]:
     """On an engine that can go on where it was stopped, or died."""
     start, name = resume.start(stream.layer, deployment, stream.epoch), stream.layer.pipeline
-    stream = dataclasses.replace(stream, epoch=start.job.epoch, until=start.until, watched=True)
+    drain = start.job.drain(start.place)
+    stream = dataclasses.replace(stream, epoch=start.job.epoch, until=start.until, watched=True, drain=drain)
     if start.since is not None:
         print(f"{name}: goes on from {start.since}", file=sys.stderr)
     before, begun = drift.facts(stream.facts), time.monotonic()
@@ -286,8 +289,9 @@ def _resumed(stream: Stream, deployment: Deployment, engine: Resumable, flags: S
         said = f"its job was stopped by somebody else; the next run goes on from {now.newest(start.place)}"
         print(f"{name}: {said}", file=sys.stderr)
         return _facts(stream)
-    if now.ended is None:
-        job.write(start.place, dataclasses.replace(now, ended="it has ended, at its --until"))
+    if now.ended is not None:  # by a drain
+        return {**_checked(stream), "incomplete": now.ended}
+    job.write(start.place, dataclasses.replace(now, ended="it has ended, at its --until"))
     return _checked(stream)
 
 

@@ -60,6 +60,8 @@ _TOLD = "-Dorg.slf4j.simpleLogger.log.org.apache.flink.runtime.dispatcher.Dispat
 _LISTENS = re.compile(r"Rest endpoint listening at (\S+:\d+)")
 _OURS = re.compile(r"^pipelines\.transforms\.errors\.(?:UserError|DataRefused): ", re.MULTILINE)
 
+_CANCELLED = "JobCancellationException"
+
 START = 120.0
 """Seconds until a job that was submitted is known to Flink."""
 
@@ -129,7 +131,7 @@ class _Followed:
         except KeyboardInterrupt:
             self._stop()
             raise
-        if self.failed is not None:
+        if self.failed is not None and _CANCELLED not in str(self.failed):
             raise self.failed
 
     def _find(self) -> None:
