@@ -62,7 +62,7 @@ def run(build: Callable[[beam.Pipeline], None], flags: Sequence[str]) -> None:
     job = result.job_id()
     where = f"Dataflow job {job} of {google.project} in {google.region}"
     print(f"{where}: {console(google.project, google.region, job)}", file=sys.stderr)
-    facts = {"project": google.project, "region": google.region, "job": job}
+    facts = {"project": google.project, "region": google.region, "endpoint": google.dataflow_endpoint, "job": job}
     if options.view_as(StandardOptions).streaming:
         raise Detached(f"{where} runs on by itself; pipelines jobs lists, shows, drains and stops it", facts)
     try:

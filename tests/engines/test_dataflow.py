@@ -109,16 +109,14 @@ def google(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Google]:
 def _environment(python: Path) -> None:
     """With the extra gcp, whose imports would slow down everything else in the project's own one."""
     uv, made = str(Path(sys.executable).with_name("uv")), python.parents[1] / ".installed"
-    if made.exists() and made.stat().st_mtime > max((ROOT / name).stat().st_mtime for name in _NEWER):
+    newest = max((ROOT / name).stat().st_mtime for name in ("setup.py", "constraints.txt"))
+    if made.exists() and made.read_text() == str(ROOT) and made.stat().st_mtime > newest:
         return
     if not python.exists():
         subprocess.run([uv, "venv", "-q", "--python", sys.executable, python.parents[1]], check=True)
     wanted = ["--compile-bytecode", "-c", "constraints.txt", "-e", ".[gcp,dev]"]
     subprocess.run([uv, "pip", "install", "-q", "--python", python, *wanted], cwd=ROOT, check=True)
-    made.touch()
-
-
-_NEWER = ("setup.py", "constraints.txt")
+    made.write_text(str(ROOT))
 
 
 _UPLOAD = """
@@ -254,7 +252,9 @@ def test_a_stream_goes_to_streaming_engine_in_exactly_once_mode_and_runs_on_by_i
     region = Region("recorded", "r", google.service)
     (found,) = [one for one in region.jobs() if one.id == number]
     assert (found.mode, found.state, region.counters(number)) == ("stream", "RUNNING", {"source read": 7})
-    region.drain(number)
+    (listed,) = json.loads(google.pipelines("jobs", "list", "--json").stdout)
+    assert (listed["runner"], listed["job"], listed["state"]) == ("DataflowRunner", number, "running")
+    assert "closed early and are incomplete" in google.pipelines("jobs", "stop", "flights", "--drain").stdout
     assert region.job(number).state == "DRAINED"
 
 
