@@ -6,7 +6,7 @@ Batch: per (key, hour), over the rows of benchmarks/data.py. Live: per (key, sec
 import dataclasses
 from datetime import datetime
 
-from pipelines import Count, Distinct, Max, Mean, Min, Pipeline, Quantile, Source, Sum, Tumbling, View
+from pipelines import Count, Distinct, Max, Mean, Min, Pipeline, Quantile, Session, Source, Sum, Tumbling, View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,5 +89,11 @@ live_identity = Pipeline(
     "live_identity",
     source=Source(Identified, event_time="ts", identity="id", lateness="5s"),
     views=(SECOND,),
+    events=False,
+)
+live_sessions = Pipeline(
+    "live_sessions",
+    source=Source(Reading, event_time="ts"),
+    views=(View("visits", by="key", window=Session("1s"), n=Count(), least=Min("value"), most=Max("value")),),
     events=False,
 )

@@ -42,9 +42,9 @@ _DEPLOY = "org.apache.spark.deploy"
 
 def plan(folder: Path, port: Callable[[str], int], tell: Callable[[str], None], **options: str) -> Plan:
     """The members, and where the executor finds its classes. options: job_server_jar."""
-    server = _server(options.get("job_server_jar"))
-    jar = server.jar()
-    tell(f"with {server.told(jar)}")
+    jobs = server(options.get("job_server_jar"))
+    jar = jobs.jar()
+    tell(f"with {jobs.told(jar)}")
     for name in ("tmp", "work", "artifacts", "home/jars"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     env = {
@@ -55,8 +55,8 @@ def plan(folder: Path, port: Callable[[str], int], tell: Callable[[str], None], 
         "SPARK_LOCAL_DIRS": f"{folder}/tmp",
         "SPARK_WORKER_DIR": f"{folder}/work",
     }
-    classes = server.launched(jar)
-    run = (server.java(), *java.JAVA, f"-Djava.io.tmpdir={folder}/tmp", LITTLE)
+    classes = jobs.launched(jar)
+    run = (jobs.java(), *java.JAVA, f"-Djava.io.tmpdir={folder}/tmp", LITTLE)
     master = f"spark://{_HOST}:{port('master')}"
     executor = " ".join((classes[0], *java.JAVA, LITTLE, f"-Djava.io.tmpdir={folder}/tmp", *DRIVER[-2:]))
     driver = (
@@ -119,7 +119,7 @@ def plan(folder: Path, port: Callable[[str], int], tell: Callable[[str], None], 
         ),
         flink_cluster.workers(port("worker pool")),
     ]
-    facts = {"master": master, "web": f"http://{_HOST}:{port('master web')}", "job_server": server.told(jar)}
+    facts = {"master": master, "web": f"http://{_HOST}:{port('master web')}", "job_server": jobs.told(jar)}
     return Plan(members, f"{_HOST}:{port('job server')}", f"{_HOST}:{port('worker pool')}", facts)
 
 
@@ -139,7 +139,9 @@ def _flags(**values: str | int) -> list[str]:
     return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
-def _server(given: str | None) -> java.JobServer:
+def server(given: str | None = None) -> java.JobServer:
+    """Spark's job server."""
+
     def official() -> "SparkJarJobServer":
         from apache_beam.options.pipeline_options import PipelineOptions
         from apache_beam.runners.portability.spark_runner import SparkJarJobServer
