@@ -36,7 +36,7 @@ _PORTS = ("--job-host=127.0.0.1", "--job-port=0", "--artifact-port=0", "--expans
 
 @dataclass(frozen=True)
 class JobServer:
-    """What there is to know of an engine's job server. engine: as in ``Flink``. main: its class, where it is composed.
+    """What there is to know of an engine's job server. engine: as in ``Flink``. main: its class.
     given: the jar that the user has named; official: makes Beam's own way to one."""
 
     engine: str
@@ -49,7 +49,8 @@ class JobServer:
         """The server, while the block lasts; yields its endpoint. properties: of Java, as in ``-Dname=value``."""
         from pipelines.runners import jobs
 
-        command: list[str | Path] = [self.java(), *JAVA, *properties, "-jar", self.jar(), *arguments, *_PORTS]
+        program = [*self.launched(self.jar()), self.main]
+        command = [self.java(), *JAVA, *properties, *program, *arguments, *_PORTS]
         with jobs.serving(self.engine.lower(), command, STARTED) as endpoint:
             yield endpoint
 

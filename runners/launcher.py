@@ -6,6 +6,7 @@ which Java gives a class path of its own, where Beam does not look. And Beam's s
 its classes is put before theirs here, in which they listen where they were told to.
 """
 
+import os
 import struct
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -19,10 +20,11 @@ _SIZES = {3: 4, 4: 4, 5: 8, 6: 8, 7: 2, 8: 2, 9: 4, 10: 4, 11: 4, 12: 4, 15: 3, 
 
 def write(place: Path, jars: Sequence[Path]) -> bool:
     """Writes the jar, for ``-javaagent:``. Answers whether servers listen where they were told to."""
-    classes = [*map(_class, jars)]
-    bound = next((mended for found in classes if found and (mended := listening(found))), None)
+    likely = sorted(jars, key=lambda jar: "beam-sdks-java-core" not in jar.name)
+    servers = next(filter(None, map(_class, likely)), None)
+    bound = listening(servers) if servers else None
     entries = {"Premain-Class": "Agent", "Class-Path": " ".join(jar.absolute().as_uri() for jar in jars)}
-    new = place.with_suffix(".new")
+    new = place.with_suffix(f".{os.getpid()}")  # others may be writing it too
     with zipfile.ZipFile(new, "w") as archive:
         archive.writestr("META-INF/MANIFEST.MF", manifest(entries))
         archive.writestr("Agent.class", _agent())
