@@ -14,6 +14,9 @@ def check(deployment: Deployment) -> None:
     pipelines.transforms.errors.UserError: --warehouse=data/warehouse: only this machine has it, and the workers of \
 DirectRunner are others; give a URI that they reach, such as gs://bucket/warehouse
     """
+    if deployment.lake and deployment.mode != "batch":
+        what = f"--lake={masked(deployment.lake)}: what is live is archived by the process that follows it"
+        raise UserError(f"{what}, and this one ends; run `pipelines archive` beside it")
     for flag, uri in _places(deployment):
         if not uri or not local(uri):
             continue

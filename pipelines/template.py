@@ -113,7 +113,10 @@ def classic(name: str, mode: str, location: str, given: Sequence[str]) -> list[s
     from pipelines.cli import cli
 
     run: Any = cli.commands["run"]
-    context = run.make_context("run", [f"--pipeline={name}", f"--mode={mode}", "--runner=DataflowRunner", *given])
+    here = click.get_current_context(silent=True)
+    settings = (here.find_root().default_map or {}).get("run") if here is not None else None  # of pipelines.toml
+    wanted = [f"--pipeline={name}", f"--mode={mode}", "--runner=DataflowRunner", *given]
+    context = run.make_context("run", wanted, default_map=settings)
     flags = [*arguments.passed(context), f"--template_location={location}"]
     places = {key: value for key, value in context.params.items() if key not in ("pipeline", "parameters", "as_json")}
     places.pop("dry_run")

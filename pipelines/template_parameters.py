@@ -92,7 +92,8 @@ def check(given: Mapping[str, str], known: Sequence[Parameter]) -> None:
     for parameter in known:
         if parameter.name in given:
             parameter.check(given[parameter.name])
-        elif not parameter.optional:
+    for parameter in known:
+        if parameter.name not in given and not parameter.optional:
             raise UserError(f"the parameter {parameter.name} is missing: {parameter.help}")
 
 

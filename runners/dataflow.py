@@ -58,7 +58,8 @@ def run(build: Callable[[beam.Pipeline], None], flags: Sequence[str]) -> None:
         result, options = submit(build, flags, Path(folder))
     google = options.view_as(GoogleCloudOptions)
     if google.template_location:
-        raise Detached(f"the template is at {google.template_location}")
+        what = "the graph" if options.view_as(StandardOptions).streaming else "the graph of one run"
+        raise Detached(f"{what} is at {google.template_location}; `pipelines template build` makes one to launch often")
     job = result.job_id()
     where = f"Dataflow job {job} of {google.project} in {google.region}"
     print(f"{where}: {console(google.project, google.region, job)}", file=sys.stderr)

@@ -111,6 +111,16 @@ def test_all_files_of_a_flex_template_tell_the_same_parameters(mode: str) -> Non
     ast.parse(flex.launcher())
 
 
+def test_a_definition_in_a_file_goes_into_the_image(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text((Path(__file__).parents[2] / "pipelines/examples/flights.py").read_text())
+    name = f"{file}:flights"
+    flex = Flex(name, load(name), "batch", "i", template.flex_parameters(name, "batch"))
+    assert "COPY launch.py mine.py ./" in flex.dockerfile("pipelines.tar.gz")
+    assert "launch('/template/mine.py:flights', 'batch'" in flex.launcher()
+    assert [one.name for one in flex.parameters if one.name.startswith("set_")] == ["set_late_after"]
+
+
 def test_one_kind_of_template_must_be_asked_for() -> None:
     from click.testing import CliRunner
 

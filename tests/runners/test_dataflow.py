@@ -67,6 +67,11 @@ def test_places_of_this_machine_are_refused(place: dict[str, Any], flag: str) ->
         remote.check(Deployment(**{**PLACES, **place}))
 
 
+def test_a_stream_that_nobody_stays_with_archives_nothing() -> None:
+    with pytest.raises(UserError, match=r"^--lake=gs://b/lake: .* run `pipelines archive` beside it$"):
+        remote.check(Deployment(**{**PLACES, "mode": "stream", "lake": "gs://b/lake"}))
+
+
 def test_without_googles_libraries_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "apache_beam.runners.dataflow.internal.apiclient", None)
     with pytest.raises(UserError, match=r"pip install 'pipelines\[gcp\]'"):
