@@ -24,7 +24,7 @@ MAIN = "org.apache.beam.runners.flink.FlinkJobServerDriver"
 SLOTS = 2
 """Parts of a graph that run at once: as many as there are cores on a small machine."""
 
-PRELOAD = "pipelines.graph,pipelines.stream"
+PRELOAD = "pipelines.graph,pipelines.stream,pipelines.turn"
 """What workers import, so that the pool does, once."""
 
 _HOST = "127.0.0.1"
