@@ -174,6 +174,9 @@ def test_a_classic_template_runs_often_each_time_as_a_run_of_its_own(
     template_graph.build(root, SALES, named)
     assert not list(tmp_path.iterdir()), "building looks at no place"
     graph = root.to_runner_api(default_environment=EmbeddedPythonEnvironment.default())
+    for part in graph.components.transforms.values():
+        if part.unique_name.startswith(("decode/", "clean/", "stage ", "store ", "dead letters")):
+            assert all("TableCoder" in graph.components.pcollections[made].coder_id for made in part.outputs.values())
     answers, digests = [], []
     for number, cents in enumerate((1, 1, 500)):
         inputs = sales(tmp_path / f"in{number}", cents)
