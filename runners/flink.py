@@ -37,6 +37,9 @@ DISTRIBUTED = True
 UNBOUNDED = True
 DEALT = False
 
+_NAMED = "--runner=FlinkRunner"
+"""For preflight."""
+
 _STREAMING = (
     "--max_bundle_time_mills=100",  # how long the engine may hold back what a bundle gives; Flink's default is a second
     "--checkpointing_interval=3000",
@@ -74,7 +77,7 @@ _LOOK, _OFTEN = 0.2, 25
 def run(build: Callable[[beam.Pipeline], None], flags: Sequence[str]) -> None:
     """Runs the graph to its end on Flink. What a worker raises comes as the text of its traceback."""
     with _server(flags) as (endpoint, cluster):
-        jobs.run(build, endpoint, [*cluster, *flags])
+        jobs.run(build, endpoint, [_NAMED, *cluster, *flags])
 
 
 def prepared(build: Callable[[beam.Pipeline], None], flags: Sequence[str]) -> Callable[[], None]:
@@ -92,7 +95,7 @@ def follow(build: Callable[[beam.Pipeline], None], flags: Sequence[str], followi
                 ours.append(f"--flink_conf_dir={configuration}")
         options = PipelineOptions([*ours, *flags])
         name = options.view_as(GoogleCloudOptions).job_name or following.name
-        with jobs.submitted(build, endpoint, [f"--job_name={name}", *ours, *flags]) as result:
+        with jobs.submitted(build, endpoint, [_NAMED, f"--job_name={name}", *ours, *flags]) as result:
             _Followed(result, name, _places(options, endpoint), following).wait()
 
 
