@@ -34,17 +34,8 @@ def test_status_is_a_table_or_json(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(clusters, "status", lambda engine: told.get(engine, []))
     head, row = said("status").splitlines()
     assert head.split() == ["engine", "member", "state", "pid", "since", "MiB", "port", "log"]
-    assert row.split() == [
-        "flink",
-        "job",
-        "server",
-        "dead",
-        "4711",
-        "2024-05-01T12:00:00+00:00",
-        "3",
-        "/x/job",
-        "server.log",
-    ]
+    assert row.split()[:6] == ["flink", "job", "server", "dead", "4711", "2024-05-01T12:00:00+00:00"]
+    assert row.split()[6:] == ["3", "/x/job", "server.log"]
     assert json.loads(said("status", "--json")) == [MEMBER]
 
 
