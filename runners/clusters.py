@@ -33,6 +33,8 @@ MODULES = {"flink": "flink_cluster", "spark": "spark_cluster", "prism": "prism_c
 START, STOP = 120.0, 10.0
 """Seconds that a member may take to be ready, and to end."""
 
+_SOMEBODY = "another process"
+
 _PORTS = range(20_000, 32_000)
 """Where ports are looked for: below those that systems give to outgoing connections, which take a dead member's."""
 
@@ -205,7 +207,7 @@ def _fill(cluster: Cluster, plan: Plan, place: Path, tell: Callable[[str], None]
 
 
 def _start(member: Member, place: Path) -> Running:
-    if member.port is not None and (taken := _taken(member.port)):
+    if member.port is not None and (taken := _freed(member.port)):
         raise UserError(f"port {member.port}, of {member.name}, belongs to {taken}; end it, or take the cluster down")
     log = place / f"{member.name}.log"
     if log.exists():
@@ -260,6 +262,14 @@ def _ports(process: psutil.Process) -> set[int]:
     return {each.laddr.port for each in found if each.status == psutil.CONN_LISTEN}
 
 
+def _freed(port: int) -> str:
+    """Who has a port: one that nobody is known to have is a dead member's, whose last threads end."""
+    end = time.monotonic() + STOP
+    while (taken := _taken(port)) == _SOMEBODY and time.monotonic() < end:
+        time.sleep(0.05)
+    return taken
+
+
 def _taken(port: int) -> str:
     """Who has a port, for people; nothing where it is free."""
     with socket.socket() as probe:
@@ -271,7 +281,7 @@ def _taken(port: int) -> str:
         with contextlib.suppress(psutil.Error):  # gone, or not for us to see
             if port in _ports(process):
                 return f"process {process.pid} ({process.name()})"
-    return "another process"
+    return _SOMEBODY
 
 
 def _port(ports: dict[str, int], name: str) -> int:

@@ -113,6 +113,19 @@ def test_a_process_that_got_a_members_id_is_none_of_ours(tiny: Tiny, tmp_path: P
     file.write_text(told)
 
 
+def test_a_dead_members_port_is_waited_for(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, asked = clusters.up("tiny"), list[int]()
+
+    def taken(port: int) -> str:
+        asked.append(port)
+        return clusters._SOMEBODY if asked.count(port) < 3 else ""
+
+    os.kill(pids(before)["second"], signal.SIGKILL)
+    monkeypatch.setattr(clusters, "_taken", taken)
+    assert clusters.up("tiny").ports == before.ports
+    assert asked == [before.ports["second"]] * 3
+
+
 def test_a_cluster_of_another_folder_is_not_used(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = clusters.up("tiny")
     monkeypatch.chdir(tmp_path)
