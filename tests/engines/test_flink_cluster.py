@@ -18,13 +18,14 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from pipelines import definition, run, testing
-from pipelines.examples import flights
+from pipelines import definition, testing
 from pipelines.io.log import open_log
 from pipelines.io.store import LIVE, open_store
-from pipelines.options import Deployment
-from pipelines.runners import clusters, flink_cluster
+from pipelines.runners import clusters
 from pipelines.runners.clusters import Cluster
+from tests.engines.flights import Views, views
+
+ENGINE = "flink"
 
 pytestmark = [
     pytest.mark.engine,
@@ -58,23 +59,6 @@ sales = Pipeline(
 """
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A cluster of these tests alone, out of the jars that are here, or are composed now."""
-    flink_cluster.server().jar()
-    usual, place = clusters.folder("flink"), tmp_path_factory.mktemp("clusters")
-    (place / "flink").mkdir()
-    for name in ("lib", "job-server.jar", "job-server.pom.xml"):
-        if (usual / name).exists():
-            (place / "flink" / name).symlink_to(usual / name)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PIPELINES_CLUSTERS", str(place))
-        try:
-            yield clusters.up("flink")
-        finally:
-            clusters.down("flink")
-
-
 def processes(cluster: Cluster) -> list[psutil.Process]:
     members = [psutil.Process(one.pid) for one in cluster.members]
     return members + [child for one in members for child in one.children(recursive=True)]
@@ -88,20 +72,11 @@ def test_all_listen_on_this_machine_alone_and_the_ports_are_their_own(cluster: C
     assert clusters.found("flink") == cluster == clusters.up("flink")
 
 
-def test_flights_have_the_digests_of_a_direct_run(cluster: Cluster, tmp_path: Path) -> None:
-    found = {}
-    for runner in ("DirectRunner", "FlinkRunner"):
-        deployment = Deployment(
-            history=flights.HISTORY(),
-            dimensions=flights.DIMENSIONS(),
-            warehouse=f"{tmp_path}/{runner}/warehouse",
-            store=f"{tmp_path}/{runner}/store.db",
-            dead_letters=f"{tmp_path}/{runner}/dead",
-            report=f"{tmp_path}/{runner}/run.json",
-            runner=runner,
-        )
-        found[runner] = run.run(definition.load("flights"), deployment).facts["views"]
-    assert found["FlinkRunner"] == found["DirectRunner"]
+def test_flights_have_the_digests_of_a_direct_run_in_batch_and_live(
+    cluster: Cluster, direct: Views, log: str, tmp_path: Path
+) -> None:
+    assert views(tmp_path / "batch", "FlinkRunner") == direct
+    assert views(tmp_path / "live", "FlinkRunner", mode="stream", live=log) == direct
 
 
 class Stream:

@@ -4,20 +4,18 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from pipelines import definition, live, run
-from pipelines.examples import flights
+from pipelines import live
 from pipelines.io.log import open_log
-from pipelines.options import Deployment
-from pipelines.replay import messages
 from pipelines.runners import clusters, prism_cluster
 from pipelines.runners.clusters import Cluster
+from tests.engines.flights import Views, views
+
+ENGINE = "prism"
 
 pytestmark = [
     pytest.mark.engine,
@@ -28,44 +26,17 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A Prism of these tests alone."""
-    program = prism_cluster.binary(None, print)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PIPELINES_CLUSTERS", str(tmp_path_factory.mktemp("clusters")))
-        try:
-            yield clusters.up("prism", prism_location=str(program))
-        finally:
-            clusters.down("prism")
-
-
-def views(path: Path, runner: str, **places: Any) -> dict[str, tuple[int, str]]:
-    deployment = Deployment(
-        dimensions=flights.DIMENSIONS(),
-        warehouse=f"{path}/warehouse",
-        store=f"{path}/store.db",
-        state=f"{path}/state",
-        dead_letters=f"{path}/dead",
-        report=f"{path}/run.json",
-        runner=runner,
-        **places,
-    )
-    facts = run.run(definition.load("flights"), deployment).facts
-    return {name: (view["rows"], view["digest"]) for name, view in facts["views"].items()}
-
-
 def test_batch_and_turns_on_a_standing_prism_are_those_of_a_direct_run(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cluster: Cluster,
+    direct: Views,
+    log: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(live, "TURN_ROWS", 120_000)
-    with open_log(f"{tmp_path}/log.db") as log:
-        for sent in messages(definition.load("flights"), flights.HISTORY(), partitions=["0", "1"]):
-            log.append(sent)
-    direct = views(tmp_path / "direct", "DirectRunner", history=flights.HISTORY())
-    assert views(tmp_path / "batch", "PrismRunner", history=flights.HISTORY()) == direct
-    turns = views(tmp_path / "turns", "PrismRunner", mode="micro-batch", live=f"{tmp_path}/log.db", until="end")
-    assert turns == direct
+    assert views(tmp_path / "batch", "PrismRunner") == direct
+    assert views(tmp_path / "turns", "PrismRunner", mode="micro-batch", live=log) == direct
     assert capsys.readouterr().err.count(f"PrismRunner: on the one at {cluster.endpoint}") == 2
 
 
