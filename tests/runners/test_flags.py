@@ -30,5 +30,5 @@ def test_what_nobody_knows_is_refused_with_the_nearest_name(given: list[str], to
 
 
 def test_an_unknown_runner_is_refused() -> None:
-    with pytest.raises(UserError, match="--runner=DirectRuner: no such runner here; one of .*DirectRunner"):
+    with pytest.raises(UserError, match=r"--runner=DirectRuner: no such runner here; one of .*DirectRunner"):
         runners.named("DirectRuner")
