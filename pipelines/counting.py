@@ -55,7 +55,6 @@ class Counted(beam.PTransform):  # type: ignore[misc]
         handled = (
             "an unbounded source without a Reshuffle",
             "event-time timers behind a trigger in the global window",
-            "event-time timers of a stream",
             "several timers",
         )
         return {**super().annotations(), "pipelines:handles:v1": ",".join(handled)}

@@ -207,7 +207,6 @@ FINDERS: dict[str, Callable[[Graph], Iterator[str]]] = {
     "a processing-time trigger": _processing_trigger,
     "a processing-time trigger in windows": _processing_trigger_in_windows,
     "event-time timers behind a trigger in the global window": _triggered_timers,
-    "event-time timers of a stream": _timers(protos.TimeDomain.EVENT_TIME),
     "processing-time timers of a stream": _timers(protos.TimeDomain.PROCESSING_TIME),
     "timers in several transforms": _timed_twice,
     "several timers": _several_timers,

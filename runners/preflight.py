@@ -89,13 +89,6 @@ KNOWN = (
         "under load rows fall behind the watermark and vanish in silence; allow lateness, and count",
         33515,
     ),
-    Known(
-        "PrismRunner",
-        "event-time timers of a stream",
-        "warn",
-        "under load rows vanish; the law of conservation then fails the run",
-        33515,
-    ),
     Known("PrismRunner", "state in a splittable DoFn", "refuse", "its state is not kept by the key", 32139),
     Known(
         "PrismRunner",

@@ -1,9 +1,9 @@
 """PrismRunner: Beam's own portable runner in one process, for small graphs that a real engine would be too much for.
 
-Bounded graphs, and unbounded ones under little load: under more than it can take, Prism 2.77 loses rows and says
-nothing, so a live run trusts the law of conservation, not its exit. It is the one that `pipelines cluster up prism` has
-started, or one of this process. ``--prism_location`` names a binary; else ``prism`` on the PATH, else what ``go
-install`` made under ``.clusters/prism``, which it makes now if Go is there.
+Bounded graphs, and unbounded ones. Prism says nothing of rows that it loses, so a live run trusts the law of
+conservation, not its exit. It is the one that `pipelines cluster up prism` has started, or one of this process.
+``--prism_location`` names a binary; else ``prism`` on the PATH, else what ``go install`` made under
+``.clusters/prism``, which it makes now if Go is there.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions, PrismRunnerOptions
+from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions, PrismRunnerOptions, StandardOptions
 
 from pipelines.runners import clusters, jobs, prism_cluster
 
@@ -20,6 +20,9 @@ UNBOUNDED = True
 DEALT = True
 
 _OURS = ("--runner=PrismRunner",)
+_STREAMING = ("--experiments=prism_disable_sdf_split",)
+"""For streams. Prism splits what a slow bundle has left and gives that to another at once, also what is of a key that
+the first is still at: so two had the state of a key at a time, and what one put there was lost."""
 
 Server = Callable[[], contextlib.AbstractContextManager[str]]
 
@@ -38,13 +41,14 @@ def prepared(build: Callable[[beam.Pipeline], None], flags: Sequence[str]) -> Ca
 
 def _server(flags: Sequence[str]) -> tuple[Server, list[str]]:
     """What starts a Prism, or finds one, and the flags of a job there."""
-    every = [*_OURS, *flags]
+    streaming = PipelineOptions(list(flags)).view_as(StandardOptions).streaming
+    every = [*_OURS, *(_STREAMING if streaming else ()), *flags]
     options = PipelineOptions(every)
     if given := options.view_as(PortableOptions).job_endpoint:
         return lambda: contextlib.nullcontext(given), every
     if not options.view_as(PrismRunnerOptions).prism_location and (cluster := clusters.found("prism")):
         print(f"PrismRunner: on the one at {cluster.endpoint}", file=sys.stderr)
-        return lambda: contextlib.nullcontext(cluster.endpoint), [*_OURS, *prism_cluster.flags(cluster), *flags]
+        return lambda: contextlib.nullcontext(cluster.endpoint), [*prism_cluster.flags(cluster), *every]
     return lambda: serving(options), every
 
 

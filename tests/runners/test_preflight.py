@@ -113,7 +113,6 @@ HAS: dict[str, list[Callable[[beam.Pipeline], Any]]] = {
     "event-time timers behind a trigger in the global window": [
         lambda root: endless(root) | windows(GlobalWindows(), EVERY) | beam.GroupByKey() | beam.ParDo(Timed())
     ],
-    "event-time timers of a stream": [lambda root: endless(root) | beam.Reshuffle() | beam.ParDo(Timed())],
     "processing-time timers of a stream": [lambda root: endless(root) | beam.ParDo(Clocked())],
     "timers in several transforms": [
         lambda root: [some(root) | beam.ParDo(Timed()), root | "b" >> beam.Create([("b", 1)]) | beam.ParDo(Clocked())]
@@ -133,7 +132,6 @@ HAS_NOT: dict[str, Callable[[beam.Pipeline], Any]] = {
     "event-time timers behind a trigger in the global window": lambda root: (
         endless(root) | beam.ParDo(Timed()) | windows(GlobalWindows(), EVERY)
     ),
-    "event-time timers of a stream": lambda root: some(root) | beam.ParDo(Timed()),
     "processing-time timers of a stream": lambda root: some(root) | beam.ParDo(Clocked()),
     "timers in several transforms": lambda root: some(root) | beam.ParDo(Twice()),
     "several timers": lambda root: some(root) | beam.ParDo(Timed()),
