@@ -27,7 +27,7 @@ from pipelines.transforms.lateness import IDLE_AFTER, NEVER, Position
 BUNDLE = 0.2
 """Seconds that a bundle reads, if there is so much: what it gives goes on, and is checkpointed, when it ends."""
 
-POLL = 0.05
+POLL = 0.1
 """Seconds until a share that is read to its end is read again."""
 
 PLACES = pa.schema([("partition", pa.string()), ("offset", pa.int64()), ("watermark", pa.int64())])

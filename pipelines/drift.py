@@ -47,6 +47,15 @@ def facts(uri: str) -> Facts:
     return Facts(counts, None if reached is None else Reached.of(reached))
 
 
+def ended(uri: str) -> bool:
+    """Whether a stream has written that its input is over, and all of it counted: asked often."""
+    try:
+        with fsspec.open(uri, "rb") as file:
+            return b'"ended": true' in file.read()
+    except OSError:
+        return False
+
+
 def counted(uri: str) -> Conservation:
     """What a stream has counted."""
     return facts(uri).counts

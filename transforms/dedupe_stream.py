@@ -14,8 +14,10 @@ from apache_beam.transforms.userstate import BagStateSpec, TimerSpec, on_timer
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.timestamp import Timestamp
 
+from pipelines.transforms.buckets import split
 from pipelines.transforms.conservation import tally
-from pipelines.transforms.dedupe import Repeated, Split
+from pipelines.transforms.dedupe import Repeated
+from pipelines.transforms.gathered import Gathered, at_the_end
 from pipelines.transforms.protect import Cipher
 from pipelines.transforms.seen import Seen, compacted, merged
 from pipelines.transforms.tables import TableCoder
@@ -72,8 +74,28 @@ class DedupeStream(beam.PTransform):  # type: ignore[misc]
         repeated = Repeated(self.pipeline, self.format, self.cipher)
         once = beam.ParDo(Once(Seen(self.identity, self.columns), repeated))
         once = once.with_output_types(pa.Table, dead=pa.Table, tallies=pa.Table)
-        shares = rows | "split" >> beam.ParDo(Split(self.identity, self.buckets))
+        shares = rows | "split" >> beam.ParDo(_Split(self.identity, self.buckets))
         return shares | "once" >> once.with_outputs("dead", "tallies", main="rows")
+
+
+@beam.typehints.with_input_types(pa.Table)
+@beam.typehints.with_output_types(tuple[int, pa.Table])
+class _Split(beam.DoFn):  # type: ignore[misc]
+    """Row tables to (bucket, its rows), by a stable hash of the identity: those of a bundle together."""
+
+    def __init__(self, identity: tuple[str, ...], buckets: int) -> None:
+        self._identity, self._buckets = identity, buckets
+
+    def start_bundle(self) -> None:
+        self._rows = Gathered()
+
+    def process(self, rows: pa.Table) -> Iterator[Any]:
+        if (gathered := self._rows.add(rows)) is not None:
+            yield from split(gathered, self._identity, self._buckets)
+
+    def finish_bundle(self) -> Iterator[Any]:
+        if (gathered := self._rows.take()) is not None:
+            yield from map(at_the_end, split(gathered, self._identity, self._buckets))
 
 
 @beam.typehints.with_input_types(tuple[int, pa.Table])
