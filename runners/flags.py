@@ -6,14 +6,18 @@ Beam itself only warns about an unknown flag, so a misspelt one would be as good
 import argparse
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipelines.transforms.errors import UserError
 
-_MORE = {"--state_backend": ("filesystem", "rocksdb")}
-"""Options of Flink's job server that Beam's Python does not know, and their values: state on the heap, or on disk."""
+_MORE: dict[str, dict[str, Any]] = {
+    "--state_backend": {"choices": ("filesystem", "rocksdb")},  # on the heap, or on disk
+    "--checkpointing_interval": {"type": int},
+    "--max_bundle_time_mills": {"type": int},
+}
+"""Options of Flink's job server that Beam's Python does not know."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,8 +37,8 @@ def accepted(flags: Sequence[str], ours: Iterable[str] = ()) -> list[str]:
     for options in PipelineOptions.__subclasses__():
         if options.__module__.startswith("apache_beam."):
             options._add_argparse_args(parser)
-    for name, values in _MORE.items():
-        parser.add_argument(name, choices=values)
+    for name, settings in _MORE.items():
+        parser.add_argument(name, **settings)
     known = set(parser._option_string_actions)
     spelt = [_spelt(flag, known) for flag in flags]
     _, unknown = parser.parse_known_args(spelt)
