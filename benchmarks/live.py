@@ -118,10 +118,10 @@ class Case:
 QUICK = (Case("live", "arrow", 200_000, (MICRO,), 10),)
 FULL = (
     Case("live", "arrow", 200_000, (MICRO, FLINK)),
-    Case("live", "arrow", 400_000, (MICRO, FLINK)),
+    Case("live", "arrow", 400_000, (MICRO, FLINK, PRISM)),
     Case("live", "arrow", 600_000, (MICRO,)),
     Case("live_identity", "json", 50_000, (MICRO,)),
-    Case("live_identity", "json", 100_000, (MICRO, FLINK)),
+    Case("live_identity", "json", 100_000, (MICRO, FLINK, PRISM)),
     Case("live", "arrow", 12_500, (BEAM, BYTEWAX)),
     Case("live", "arrow", 25_000, (BEAM, BYTEWAX)),
     Case("live", "arrow", 50_000, (BYTEWAX,)),
