@@ -89,10 +89,11 @@ def follow(build: Callable[[beam.Pipeline], None], flags: Sequence[str], followi
     """Runs an unbounded graph; see ``pipelines.runners.Resumable``."""
     with _server(flags) as (endpoint, cluster), _configured(following.since) as configuration:
         ours = [*_STREAMING, f"--state_backend_storage_path={location(following.folder)}", *cluster]
+        ours += flink_cluster.RESTARTS if cluster else ()
         if following.since is not None:
             ours.append(f"--savepoint_path={following.since}")
-            if endpoint in jobs.LOGS:  # Beam does not tell it to a Flink inside of the job server
-                ours.append(f"--flink_conf_dir={configuration}")
+        if endpoint in jobs.LOGS:  # Flink inside of the job server: Beam does not tell it what it resumes, and its
+            ours += [f"--flink_conf_dir={configuration}", "--parallelism=1"]  # workers are threads of one process
         options = PipelineOptions([*ours, *flags])
         name = options.view_as(GoogleCloudOptions).job_name or following.name
         with jobs.submitted(build, endpoint, [_NAMED, f"--job_name={name}", *ours, *flags]) as result:
