@@ -152,26 +152,37 @@ def up(engine: str, tell: Callable[[str], None] = lambda line: None, **options: 
     tell: takes lines for people. options: of the engine; those of the last ``up`` hold until others are given. Raises
     UserError for a member that does not start, and for a port that another process has.
     """
-    module, place = _module(engine), folder(engine)
+    _module(engine)
+    place = folder(engine)
     place.mkdir(parents=True, exist_ok=True)
     with locked(place / "lock"):
-        before = _read(engine)
-        ports = dict(before.ports) if before else {}
-        options = {**(before.options if before else {}), **options}
-        plan = module.plan(place, functools.partial(_port, ports), tell, **options)
-        cluster = Cluster(
-            engine=engine,
-            started=before.started if before else datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            cwd=os.getcwd(),
-            endpoint=plan.endpoint,
-            workers=plan.workers,
-            facts=dict(plan.facts),
-            ports=ports,
-            options=options,
-            members=_kept(before, plan, tell) if before else [],
-        )
-        _fill(cluster, plan, place, tell)
-        return cluster
+        while True:
+            with contextlib.suppress(_Died):
+                return _up(engine, place, tell, options)
+
+
+def _up(engine: str, place: Path, tell: Callable[[str], None], given: Mapping[str, str]) -> Cluster:
+    before = _read(engine)
+    ports = dict(before.ports) if before else {}
+    options = {**(before.options if before else {}), **given}
+    plan = _module(engine).plan(place, functools.partial(_port, ports), tell, **options)
+    cluster = Cluster(
+        engine=engine,
+        started=before.started if before else datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        cwd=os.getcwd(),
+        endpoint=plan.endpoint,
+        workers=plan.workers,
+        facts=dict(plan.facts),
+        ports=ports,
+        options=options,
+        members=_kept(before, plan, tell) if before else [],
+    )
+    _fill(cluster, plan, place, tell)
+    return cluster
+
+
+class _Died(Exception):
+    """A member that was alive when it was looked at: it had been killed a moment before."""
 
 
 def _kept(before: Cluster, plan: Plan, tell: Callable[[str], None]) -> list[Running]:
@@ -188,21 +199,21 @@ def _kept(before: Cluster, plan: Plan, tell: Callable[[str], None]) -> list[Runn
 
 def _fill(cluster: Cluster, plan: Plan, place: Path, tell: Callable[[str], None]) -> None:
     """Starts what lacks; the file tells of each as soon as it runs, so that it can be stopped."""
-    names = [member.name for member in plan.members]
+    names, before = [member.name for member in plan.members], [*cluster.members]
     waiting: list[tuple[Member, Running]] = []
     for member in plan.members:
         if kept := [one for one in cluster.members if one.name == member.name]:
             waiting.append((member, kept[0]))  # of an ``up`` that was interrupted, maybe
             continue
         if member.waits:
-            _wait(waiting)
+            _wait(waiting, before)
         started = _start(member, place)
         tell(f"{member.name}: started, pid {started.pid}{f', port {member.port}' if member.port else ''}")
         waiting.append((member, started))
         cluster.members.append(started)
         cluster.members.sort(key=lambda one: names.index(one.name))
         _write(cluster, place)
-    _wait(waiting)
+    _wait(waiting, before)
     _write(cluster, place)
 
 
@@ -227,14 +238,16 @@ def _start(member: Member, place: Path) -> Running:
     return Running(member.name, process.pid, created, member.port, str(log), [*member.command], {**member.env})
 
 
-def _wait(waiting: list[tuple[Member, Running]]) -> None:
-    """Until all are ready; then none is waiting."""
+def _wait(waiting: list[tuple[Member, Running]], before: Sequence[Running]) -> None:
+    """Until all are ready; then none is waiting. before: those that were not started now. Raises _Died for one."""
     start = time.monotonic()
     while waiting:
         for member, running in list(waiting):
             process = running.process()
             if process is not None and _ready(member, process, Path(running.log)):
                 waiting.remove((member, running))
+            elif process is None and running in before:
+                raise _Died
             elif process is None or time.monotonic() - start > START:
                 said = [line for line in Path(running.log).read_text(errors="replace").splitlines() if line[:1].strip()]
                 last = said[-1] if said else "it says nothing"

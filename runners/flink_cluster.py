@@ -21,8 +21,14 @@ if TYPE_CHECKING:
 MAIN = "org.apache.beam.runners.flink.FlinkJobServerDriver"
 """The job server's class."""
 
-SLOTS = 2
+PARALLELISM = 2
 """Parts of a graph that run at once: as many as there are cores on a small machine."""
+
+SLOTS = 4
+"""Places for such parts: a batch can run beside a stream."""
+
+RESTARTS = ("--number_of_execution_retries=2147483647", "--execution_retry_delay=1000")
+"""A stream is tried again for ever, a second later. Flink's own delays grow to a minute, for an hour."""
 
 PRELOAD = "pipelines.graph,pipelines.stream,pipelines.turn"
 """What workers import, so that the pool does, once."""
@@ -30,13 +36,13 @@ PRELOAD = "pipelines.graph,pipelines.stream,pipelines.turn"
 _HOST = "127.0.0.1"
 _RUNTIME = "org.apache.flink.runtime"
 _SIZES = {
-    "taskmanager.memory.task.heap.size": "512m",
+    "taskmanager.memory.task.heap.size": "640m",
     "taskmanager.memory.task.off-heap.size": "128m",
     "taskmanager.memory.framework.heap.size": "128m",
     "taskmanager.memory.framework.off-heap.size": "128m",
     "taskmanager.memory.network.min": "256m",
     "taskmanager.memory.network.max": "256m",
-    "taskmanager.memory.managed.size": "1g",  # what batch sorts in, and RocksDB's share
+    "taskmanager.memory.managed.size": "2g",  # what batch sorts in, and RocksDB's share
     "taskmanager.memory.jvm-metaspace.size": "192m",
     "taskmanager.memory.jvm-overhead.min": "128m",
     "taskmanager.memory.jvm-overhead.max": "128m",
@@ -48,7 +54,7 @@ _LITTLE = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
 
 _ZOOKEEPER = (*_LITTLE, "-Xmx64m", "-Dzookeeper.preAllocSize=1024")
 _MANAGER = (*_LITTLE, "-Xmx448m")
-_TASKS = (*_LITTLE, "-Xmx640m", "-XX:MaxDirectMemorySize=512m")
+_TASKS = (*_LITTLE, "-Xmx768m", "-XX:MaxDirectMemorySize=512m")
 _SERVER = (*_LITTLE, "-Xmx512m")
 
 _LOGS = (
@@ -89,6 +95,7 @@ def plan(folder: Path, port: Callable[[str], int], tell: Callable[[str], None], 
     ]
     facts = {
         "rest": f"http://{rest}",
+        "parallelism": PARALLELISM,
         "slots": SLOTS,
         "checkpoints": settings["state.checkpoints.dir"],
         "savepoints": settings["state.savepoints.dir"],
@@ -111,7 +118,7 @@ def down(folder: Path) -> None:
 
 def flags(cluster: Cluster) -> list[str]:
     """What makes Beam use all of a cluster."""
-    return [*cluster.flags, f"--parallelism={cluster.facts['slots']}"]
+    return [*cluster.flags, f"--parallelism={cluster.facts['parallelism']}"]
 
 
 def server(given: str | None = None) -> java.JobServer:
@@ -127,8 +134,8 @@ def server(given: str | None = None) -> java.JobServer:
 
 
 def _settings(folder: Path, port: Callable[[str], int]) -> dict[str, str | float]:
-    """Flink's options. A restart strategy is none of them: so a job with checkpoints is tried again for ever, and one
-    without, a batch, never, since what failed it once would again."""
+    """Flink's options. A restart strategy is none of them: streams bring their own (RESTARTS), and a batch is not tried
+    again, since what failed it once would again."""
     return {
         "jobmanager.rpc.address": _HOST,
         "jobmanager.bind-host": _HOST,
@@ -143,7 +150,7 @@ def _settings(folder: Path, port: Callable[[str], int]) -> dict[str, str | float
         "taskmanager.rpc.port": port("taskmanager"),
         "taskmanager.data.port": port("data"),
         "taskmanager.numberOfTaskSlots": SLOTS,
-        "taskmanager.cpu.cores": float(SLOTS),
+        "taskmanager.cpu.cores": float(PARALLELISM),
         "taskmanager.resource-id": "taskmanager",  # one that comes back takes the place of the dead one at once
         **_SIZES,
         "taskmanager.network.sort-shuffle.min-buffers": 64,  # of each exchange of a batch, 32 KiB each; else 512

@@ -161,7 +161,7 @@ def plain(table: pa.Table) -> list[dict[str, Any]]:
     ("backend", "names"), [("filesystem", ("taskmanager", "jobmanager", "worker pool")), ("rocksdb", ("taskmanager",))]
 )
 def test_a_stream_survives_the_kill_of_every_member_and_equals_a_bounded_run(
-    backend: str, names: tuple[str, ...], cluster: Cluster, tmp_path: Path, record_property: Any
+    backend: str, names: tuple[str, ...], cluster: Cluster, direct: Views, tmp_path: Path, record_property: Any
 ) -> None:
     stream = Stream(tmp_path)
     with stream.running(f"--state_backend={backend}") as process:
@@ -178,6 +178,7 @@ def test_a_stream_survives_the_kill_of_every_member_and_equals_a_bounded_run(
             took = time.monotonic() - start
             record_property(f"recovery of the {name}", took)
             print(f"{name}: {took:.1f} s until what was sent meanwhile was counted")
+        assert views(tmp_path / "batch", "FlinkRunner") == direct  # there is room beside a stream
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, (tmp_path / "said").read_text()[-3000:]
     stream.send(100)

@@ -113,6 +113,23 @@ def test_a_process_that_got_a_members_id_is_none_of_ours(tiny: Tiny, tmp_path: P
     file.write_text(told)
 
 
+def test_a_member_that_dies_while_it_is_looked_at_is_replaced(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, ready = clusters.up("tiny"), clusters._ready
+    (second,) = (psutil.Process(pid) for name, pid in pids(before).items() if name == "second")
+
+    def look(member: Member, process: psutil.Process, log: Path) -> bool:
+        if process == second:
+            process.kill()
+            process.wait()
+            return False
+        return ready(member, process, log)
+
+    monkeypatch.setattr(clusters, "_ready", look)
+    after = clusters.up("tiny")
+    assert pids(after)["first"] == pids(before)["first"]
+    assert pids(after)["second"] != second.pid and clusters.found("tiny") == after
+
+
 def test_a_dead_members_port_is_waited_for(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     before, asked = clusters.up("tiny"), list[int]()
 
@@ -121,6 +138,7 @@ def test_a_dead_members_port_is_waited_for(tiny: Tiny, monkeypatch: pytest.Monke
         return clusters._SOMEBODY if asked.count(port) < 3 else ""
 
     os.kill(pids(before)["second"], signal.SIGKILL)
+    psutil.wait_procs([psutil.Process(pids(before)["second"])], 10)
     monkeypatch.setattr(clusters, "_taken", taken)
     assert clusters.up("tiny").ports == before.ports
     assert asked == [before.ports["second"]] * 3
