@@ -24,7 +24,8 @@ PARTS = {
     "decode": ("pipelines.transforms.decoder:Decoder.decode",),
     "steps": ("pipelines.transforms.chain:Chain.run", "pipelines.transforms.clean:Between.split"),
     "partial": ("pipelines.transforms.view:ViewPlan.partials",),
-    "split by bucket": ("pipelines.transforms.aggregate:split",),
+    "split by bucket": ("pipelines.transforms.aggregate:split", "pipelines.transforms.aggregate:_shares"),
+    "wait on disk": ("pipelines.transforms.spill:Shelf.put", "pipelines.transforms.spill:Shelf.parts"),
     "merge": ("pipelines.transforms.view:ViewPlan.merged",),
     "result": ("pipelines.transforms.view:ViewPlan.finished", "pipelines.transforms.view:ViewPlan.digested"),
     "shuffle (coder)": (
