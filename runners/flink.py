@@ -110,22 +110,22 @@ class _Followed:
         self.failed: BaseException | None = None
         self.rest: Rest | None = None
         self.id: str | None = None
-        self.thread = threading.Thread(target=self._finish, daemon=True)
+        self.over = threading.Event()  # a thread whose join is interrupted is told to be dead by Python 3.11
 
     def _finish(self) -> None:
         try:
             self.result.wait_until_finish()
         except BaseException as error:
             self.failed = error
+        self.over.set()
 
     def wait(self) -> None:
         """Until it has ended, for whatever reason. Raises what failed, and KeyboardInterrupt where it is stopped so."""
-        self.thread.start()
+        threading.Thread(target=self._finish, daemon=True).start()
         try:
             self._find()
             for look in range(sys.maxsize):
-                self.thread.join(_LOOK)
-                if not self.thread.is_alive():
+                if self.over.wait(_LOOK):
                     break
                 if self.following.ended():
                     self._stop()
@@ -141,14 +141,14 @@ class _Followed:
     def _find(self) -> None:
         """Which job of which Flink it is."""
         end = time.monotonic() + START
-        while self.id is None and self.thread.is_alive() and time.monotonic() < end:
+        while self.id is None and not self.over.is_set() and time.monotonic() < end:
             for place in self.places():
                 with contextlib.suppress(UserError):
                     self.id, self.rest = Rest(place).named(self.name), Rest(place)
                 if self.id is not None:
                     self.following.submitted(self.name, self.id, place)
                     return
-            self.thread.join(_LOOK)
+            self.over.wait(_LOOK)
 
     def _refuse_mistakes(self) -> None:
         """On a cluster a job is tried again for ever; what is the user's to mend, or the data's, ends it."""
@@ -166,10 +166,10 @@ class _Followed:
                 raise UserError(f"job {self.name}: no REST API of Flink is known")
             self.rest.stop(self.id, location(f"{self.following.folder}/savepoints"))
         except UserError as error:
-            if self.thread.is_alive():
+            if not self.over.is_set():
                 print(f"{self.name}: {error}; cancelled", file=sys.stderr)
                 self._cancel()
-        self.thread.join(ENDS)
+        self.over.wait(ENDS)
 
     def _cancel(self) -> None:
         if self.rest is None or self.id is None:
