@@ -175,7 +175,7 @@ def prepared(
     seed, engine = disorder.seed, named(runner)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="parity-"))
-        stack.enter_context(_key())
+        made = stack.enter_context(_key())
         deployment = _deployment(pipeline, folder, runner, format, dimensions or {}, seed)
         assert deployment.live and deployment.store
         given = samples.history(pipeline, seed) if history is None else history
@@ -194,7 +194,7 @@ def prepared(
             pipeline,
             deployment,
             engine,
-            stack.enter_context(_served(runner, engine, flags)),
+            stack.enter_context(_served(runner, engine, flags, alone=made and _keyed(pipeline))),
             sent,
             log,
             stack.enter_context(open_store(deployment.store)),
@@ -218,10 +218,14 @@ def _kind(engine: Engine) -> type[Trial]:
 
 
 @contextlib.contextmanager
-def _served(runner: str, engine: Engine, flags: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Flags with the one job server that all runs of a trial share, where an engine has such and no cluster runs."""
+def _served(runner: str, engine: Engine, flags: Sequence[str], alone: bool) -> Iterator[Sequence[str]]:
+    """Flags with the one job server that all runs of a trial share, where an engine has such and no cluster runs.
+
+    alone: without a cluster.
+    """
     serving, given = getattr(engine, "serving", None), {flag.partition("=")[0] for flag in flags}
-    here = not given & {"--flink_master", "--spark_master_url"} and clusters.found(MODULES[runner]) is not None
+    alone = alone or bool(given & {"--flink_master", "--spark_master_url"})
+    here = not alone and clusters.found(MODULES[runner]) is not None
     if serving is None or "--job_endpoint" in given or here:
         yield flags
         return
@@ -310,14 +314,23 @@ def _told() -> Iterator[None]:
         raise found from error
 
 
+def _keyed(pipeline: Pipeline) -> bool:
+    """Whether its workers need a key."""
+    plan = pipeline.plan(live=True)
+    chains = (plan.chain, *(view.chain for view in plan.views if view.chain is not None))
+    schemas = (pipeline.source.schema, *(of.schema for of in pipeline.dimensions))
+    return any(chain.keyed for chain in chains) or any(schema.personal for schema in schemas)
+
+
 @contextlib.contextmanager
-def _key() -> Iterator[None]:
-    """The key of the environment; a key for this trial where there is none: nothing of it is kept."""
+def _key() -> Iterator[bool]:
+    """The key of the environment; a key for this trial where there is none: nothing of it is kept. Whether it was made,
+    so that a cluster's workers do not have it."""
     if os.environ.get(VARIABLE) or os.environ.get(f"{VARIABLE}_FILE"):
-        yield
+        yield False
         return
     os.environ[VARIABLE] = "00" * 32
     try:
-        yield
+        yield True
     finally:
         del os.environ[VARIABLE]

@@ -134,8 +134,10 @@ class Streamed(Trial):
         """Ends the job at once: what it has not checkpointed is lost to it."""
         job = jobs.read(self._place)
         found = None if job is None else job.found()
-        assert found is not None
+        assert job is not None and found is not None
         found[0].cancel(found[1])
+        while job.lives:
+            time.sleep(LOOK)
 
 
 @contextlib.contextmanager
