@@ -33,8 +33,8 @@ class Facts(TypedDict):
     "exploded") and reason. unmatched: look-ups without a match, by dimension and reason.
     boundary: the time up to which the batch layer now speaks. first, last: the least and greatest event time kept.
     skipped: views that a range of event times cannot recompute. Of a live run: positions, the next offset of each
-    partition; lag, the rows that the log has behind them; state, the rows of state that are kept; incomplete, which
-    answers are not of all their rows.
+    partition; lag, the rows that the log has behind them; state, the rows of state that are kept; watermark_age, how
+    many seconds the watermark is behind the clock; incomplete, which answers are not of all their rows.
     """
 
     rows: dict[str, int]
@@ -50,6 +50,7 @@ class Facts(TypedDict):
     positions: NotRequired[dict[str, int]]
     lag: NotRequired[int]
     state: NotRequired[int]
+    watermark_age: NotRequired[float | None]
     incomplete: NotRequired[str]
 
 
@@ -107,7 +108,11 @@ class Report:
             "unmatched": facts["unmatched"],
             "views": facts["views"],
             "boundary": facts["boundary"],
-            **{name: value for name, value in facts.items() if name in ("positions", "lag", "state", "incomplete")},
+            **{
+                name: value
+                for name, value in facts.items()
+                if name in ("positions", "lag", "state", "watermark_age", "incomplete")
+            },
             **dataclasses.asdict(self.usage),
         }
         return json.dumps(told, indent=2, ensure_ascii=False)

@@ -373,4 +373,6 @@ def _facts(stream: Stream) -> dict[str, Any]:
     with open_log(stream.layer.log) as log:
         ends = {name: held.end for name, held in log.bounds().items()}
     lag = sum(max(0, end - reached.offsets.get(name, 0)) for name, end in ends.items())
-    return {**facts, "positions": reached.offsets, "lag": lag, "state": sum(counts.held.values())}
+    age = None if reached.through is None else round(stream.clock() - reached.through / 1_000_000, 1)
+    held = {"state": sum(counts.held.values()), "watermark_age": age}
+    return {**facts, "positions": reached.offsets, "lag": lag, **held}

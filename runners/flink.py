@@ -104,7 +104,7 @@ class _Followed:
     """A job that was submitted. places: answers the addresses at which its Flink may be."""
 
     def __init__(
-        self, result: "PipelineResult", name: str, places: Callable[[], list[str]], following: "Following"
+        self, result: "PipelineResult", name: str, places: Callable[[], list[str]] | None, following: "Following"
     ) -> None:
         self.result, self.name, self.places, self.following = result, name, places, following
         self.failed: BaseException | None = None
@@ -141,7 +141,7 @@ class _Followed:
     def _find(self) -> None:
         """Which job of which Flink it is."""
         end = time.monotonic() + START
-        while self.id is None and not self.over.is_set() and time.monotonic() < end:
+        while self.places and self.id is None and not self.over.is_set() and time.monotonic() < end:
             for place in self.places():
                 with contextlib.suppress(UserError):
                     self.id, self.rest = Rest(place).named(self.name), Rest(place)
@@ -182,16 +182,17 @@ class _Followed:
                 time.sleep(_LOOK)
 
 
-def _places(options: PipelineOptions, endpoint: str) -> Callable[[], list[str]]:
-    """Where the Flink behind a job server may be: as the user, the cluster or the server's log tells."""
+def _places(options: PipelineOptions, endpoint: str) -> Callable[[], list[str]] | None:
+    """Where the Flink behind a job server may be: as the user, the cluster or the server's log tells; None: unknown."""
     master = options.view_as(FlinkRunnerOptions).flink_master
     if re.fullmatch(r"(https?://)?[^\[\]/]+:\d+", master):
         return lambda: [master if master.startswith("http") else f"http://{master}"]
     cluster = clusters.found("flink")
     if cluster is not None and cluster.endpoint == endpoint:
         return lambda: [cluster.facts["rest"]]
-    log = jobs.LOGS.get(endpoint)
-    return lambda: [] if log is None else [f"http://{at}" for at in reversed(_LISTENS.findall(log.read_text()))]
+    if (log := jobs.LOGS.get(endpoint)) is None:
+        return None
+    return lambda: [f"http://{at}" for at in reversed(_LISTENS.findall(log.read_text()))]
 
 
 @contextlib.contextmanager

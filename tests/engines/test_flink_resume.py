@@ -21,11 +21,14 @@ import pytest
 from pipelines import definition, testing
 from pipelines.io.log import open_log
 from pipelines.io.store import LIVE, open_store
+from pipelines.runners.clusters import Cluster
 
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.skipif(not (shutil.which("java") and shutil.which("mvn")), reason="no java, or no mvn"),
 ]
+
+ENGINE = "flink"
 
 NOON = datetime.datetime(2024, 5, 1, 12, tzinfo=datetime.UTC)
 WAIT = 120.0
@@ -101,9 +104,9 @@ class Place:
         return [sys.executable, "-m", "pipelines.run", *run, *told, *flags]
 
     @contextlib.contextmanager
-    def running(self, *flags: str) -> Iterator[subprocess.Popen[str]]:
-        """A run; it and all of its processes are gone when the block ends."""
-        command = self.command("--flink_master=[local]", *flags)
+    def running(self, *flags: str, local: bool = True) -> Iterator[subprocess.Popen[str]]:
+        """A run; it and all of its processes are gone when the block ends. local: not on the cluster that is up."""
+        command = self.command(*(["--flink_master=[local]"] if local else []), *flags)
         with (self.path / "said").open("a") as said:
             process = subprocess.Popen(command, stdout=said, stderr=said, text=True, start_new_session=True)
         try:
@@ -112,6 +115,11 @@ class Place:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+    def jobs(self, *asked: str) -> str:
+        """The answer of ``pipelines jobs``."""
+        program = [str(Path(sys.executable).with_name("pipelines")), "jobs", *asked, f"--state={self.path}/live"]
+        return subprocess.run(program, check=True, capture_output=True, text=True).stdout
 
     @property
     def said(self) -> str:
@@ -133,6 +141,13 @@ class Place:
         end = time.monotonic() + WAIT
         while self.read < rows:
             assert process.poll() is None and time.monotonic() < end, self.said[-3000:]
+            time.sleep(0.05)
+
+    def until_all(self) -> None:
+        """Until all that was sent was read, by whomever."""
+        end = time.monotonic() + WAIT
+        while self.read < sum(self.lengths):
+            assert time.monotonic() < end, self.said[-3000:]
             time.sleep(0.05)
 
     def check(self) -> None:
@@ -218,3 +233,37 @@ def test_killed_again_and_again_it_ends_with_what_a_bounded_run_gives(place: Pla
     ended(place)
     place.check()
     assert "goes on from file:///" in place.said
+
+
+def test_a_job_on_a_cluster_outlives_its_client_and_is_never_started_twice(cluster: Cluster, place: Place) -> None:
+    place.send(900, seed=1)
+    with place.running(local=False) as process:
+        place.until_read(process, 1)
+    place.send(300, seed=2)
+    place.until_all()
+    (listed,) = json.loads(place.jobs("list", "--json"))
+    assert (listed["pipeline"], listed["state"]) == ("sales", "running")
+    assert json.loads(place.jobs("show", "sales", "--json"))["at"].startswith(cluster.facts["rest"])
+    with place.running(local=False) as process:
+        assert process.wait(WAIT) == 2
+    assert f"sales: already runs as job {listed['job']}" in place.said
+    assert "savepoint-" in place.jobs("savepoint", "sales")
+    assert "goes on from file:" in place.jobs("stop", "sales")
+    place.send(300, seed=3)
+    with place.running(local=False) as process:
+        place.until_read(process, sum(place.lengths))
+        assert "closed early and are incomplete" in place.jobs("stop", "sales", "--drain")
+        assert process.wait(WAIT) == 0, place.said[-3000:]
+    place.check()
+    assert "incomplete" in json.loads((place.path / "run.json").read_text())
+
+
+def test_a_mistake_ends_a_job_on_a_cluster(cluster: Cluster, place: Place) -> None:
+    place.send(300, seed=1)
+    text = (place.path / "sales.py").read_text()
+    (place.path / "sales.py").write_text(text.replace("Check(paid", 'Check(on_fail="stop", paid'))
+    with place.running(local=False) as process:
+        assert process.wait(WAIT) == 3, place.said[-3000:]
+    assert "Check(on_fail='stop') ends the run" in place.said
+    (listed,) = json.loads(place.jobs("list", "--json"))
+    assert listed["state"] == "canceled"

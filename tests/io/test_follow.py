@@ -1,5 +1,6 @@
 """A source over a log: every row once, in the order of its partition, and a watermark that no row in time is behind."""
 
+import dataclasses
 import datetime
 import json
 from collections.abc import Iterator
@@ -153,6 +154,44 @@ def test_it_ends_at_a_time(log: Log) -> None:
     assert left is not None
     log.append({"a": messages(62)})
     assert source.bundle(left)[2] is None
+
+
+def test_it_ends_as_soon_as_it_is_drained(log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "LOOK", -1.0)
+    log.append({"a": messages(0)})
+    source = Source(log)
+    source.read = follow._Read(log.uri, INTAKE, None, lambda: 0.0, f"{tmp_path}/drain")
+    (share,) = source.shares()
+    left = source.bundle(share)[2]
+    assert left is not None
+    (tmp_path / "drain").touch()
+    log.append({"a": messages(1)})
+    assert source.bundle(left) == ([1], after_noon(-2), None)
+
+
+def test_a_share_that_is_resumed_ends_as_the_run_that_resumes_it(log: Log) -> None:
+    log.append({"a": messages(0), "b": messages(1)})
+    share = dataclasses.replace(Source(log).shares()[0], discovers=True)
+    log.append({"a": messages(2), "b": messages(3)})
+    assert Source(log, {"a": 2}).bundle(share) == ([0, 2], MIN_TIMESTAMP, None)
+    assert Source(log, {"b": 2}).bundle(share) == ([], MIN_TIMESTAMP, None)  # it has nothing of a
+
+
+def test_how_far_it_has_read_is_told_when_it_moves(log: Log) -> None:
+    log.append({"a": messages(0, 5)})
+    source = Source(log)
+    (share,) = source.shares()
+
+    def told(share: Share) -> list[dict[str, Any]]:
+        tracker = ThreadsafeRestrictionTracker(source.read.create_tracker(share))
+        estimator = ManualWatermarkEstimator(source.read.initial_estimator_state(None, share))
+        given = source.read.process(None, RestrictionTrackerView(tracker), estimator)
+        return [row for one in given if getattr(one, "tag", "") == "places" for row in one.value.to_pylist()]
+
+    assert told(share) == [{"partition": "a", "offset": 2, "watermark": after_noon(3).micros}]
+    left = source.bundle(share)[2]
+    assert left is not None
+    assert told(left) == []
 
 
 def test_what_waits_is_told(log: Log) -> None:
