@@ -11,7 +11,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import time
 from pathlib import Path
 
 import click
+import psutil
 
 from benchmarks import live, page
 from benchmarks.data import ROOT
@@ -90,7 +90,7 @@ def soak(kills: int, rate: int, every: int, seed: int) -> tuple[list[Kill], bool
     finally:
         for process in (feeder, stream):
             if process.poll() is None:
-                process.send_signal(signal.SIGINT)
+                process.kill()
                 process.wait(60)
     return found, counted and _same(place)
 
@@ -100,7 +100,9 @@ def _killed(victim: str, watcher: Watcher, deadline: float) -> Kill:
     assert cluster is not None
     member = next(one for one in cluster.members if one.name == victim)
     at = time.time()
-    os.kill(member.pid, signal.SIGKILL)
+    dead = psutil.Process(member.pid)
+    dead.kill()
+    dead.wait(10)
     clusters.up("flink")
     recovered = watcher.until(int(at + 1) * 1_000_000, deadline)
     return Kill(victim, round(time.time() - at, 1) if recovered else None)
