@@ -3,9 +3,11 @@
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
+import fsspec
 import pyarrow as pa
 from apache_beam.coders import StrUtf8Coder
 from apache_beam.metrics import Metrics
@@ -14,8 +16,8 @@ from apache_beam.transforms.timeutil import TimeDomain
 from apache_beam.transforms.userstate import BagStateSpec, TimerSpec, on_timer
 from apache_beam.transforms.window import GlobalWindow, GlobalWindows
 from apache_beam.utils.timestamp import Timestamp
+from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.io.exclusive import folder
 from pipelines.io.follow import PLACES
 from pipelines.reached import Reached
 from pipelines.transforms import tables
@@ -146,8 +148,19 @@ class Count(beam.DoFn):  # type: ignore[misc]
             told["reached"] = far.json()
             if far.through is not None:
                 Metrics.gauge("pipelines", "watermark age ms").set(int(self.clock() * 1000) - far.through // 1000)
-        place, _, name = self.facts.rpartition("/")
-        folder(place).write(name, pa.py_buffer(json.dumps(told).encode()))
+        _write(self.facts, json.dumps(told))
+
+
+def _write(uri: str, text: str) -> None:
+    """Whole or not at all; on disk some time: the state has it all."""
+    files, path = fsspec.url_to_fs(uri)
+    if not isinstance(files, LocalFileSystem):
+        files.pipe_file(path, text.encode())
+        return
+    aside = Path(f"{path}.new")
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
 
 
 def _far(reached: Any) -> Reached | None:

@@ -93,6 +93,11 @@ class Stream:
     drain: str | None = None
     clock: Callable[[], float] = time.time
 
+    @property
+    def often(self) -> int | None:
+        """µs between what is written of counts and dead letters; None: each by itself."""
+        return self.trigger or (1_000_000 if self.watched else None)
+
 
 def build(root: beam.Pipeline, stream: Stream) -> None:
     """Puts the graph on an empty Beam pipeline."""
@@ -123,12 +128,12 @@ def build(root: beam.Pipeline, stream: Stream) -> None:
         dead.append(parts.dead)
         tallies += [parts.tallies, moved.tallies]
         _deliver(moved, view, stream)
-    letters = dead | "dead letters" >> beam.Flatten() | "some letters" >> Every(stream.trigger)
+    letters = dead | "dead letters" >> beam.Flatten() | "some letters" >> Every(stream.often)
     _ = letters | "commit" >> beam.ParDo(_Letters(layer.dead_letters))
     counted = [tallies | "tallies" >> beam.Flatten() | "sum" >> beam.ParDo(Sum())]
     if stream.watched:
         counted.append(followed.places)
-    _ = counted | "facts" >> beam.Flatten() | Counted(stream.trigger, stream.facts, stream.clock)
+    _ = counted | "facts" >> beam.Flatten() | Counted(stream.often, stream.facts, stream.clock)
 
 
 def _deliver(moved: Any, view: OpenView, stream: Stream) -> None:

@@ -25,7 +25,7 @@ from pipelines.transforms import tables
 from pipelines.transforms.buckets import cut
 from pipelines.transforms.conservation import merge, tally
 from pipelines.transforms.lateness import NEVER
-from pipelines.transforms.speed import OpenView, Piece
+from pipelines.transforms.speed import Advanced, OpenView, Piece
 from pipelines.transforms.windows import Session
 
 TILES = 128
@@ -104,10 +104,7 @@ class _Opened:
         new, before = self.plan.merged(parts), self.rows
         if not len(new):
             return
-        held = [*self.old, *self.late]
-        known = self.view.touched(pa.concat_tables(held), new) if held else new.slice(0, 0)
-        pieces = [Piece("", *self.view.span(known), len(known))] if len(known) else []
-        moved = self.view.advance(pieces, lambda _: known, [new], NEVER)
+        moved = self._moved([*self.old, *self.late], new)
         if sum(map(len, self.late)) + len(new) > max(FEW, sum(map(len, self.old))):
             self.replace(self.plan.merged([*self.old, *self.late, new]))
         else:
@@ -119,6 +116,20 @@ class _Opened:
         if len(moved.gone):
             yield TaggedOutput("gone", moved.gone)
         yield moved.answers
+
+    def _moved(self, held: list[pa.Table], new: pa.Table) -> Advanced:
+        if self.view.plain:
+            return self.view.answered(held, new)
+        known = self.view.touched(pa.concat_tables(held), new) if held else new.slice(0, 0)
+        pieces = [Piece("", *self.view.span(known), len(known))] if len(known) else []
+        return self.view.advance(pieces, lambda _: known, [new], NEVER)
+
+    def left(self, watermark: int) -> pa.Table:
+        """What is not closed by then, merged. Sessions are merged first: a part of one may close before it."""
+        every = [*self.old, *self.late]
+        if isinstance(self.plan.window, Session):
+            every = [self.plan.merged(every)]
+        return self.plan.merged(table.filter(pa.array(self.view.closes(table) > watermark)) for table in every)
 
     @property
     def rows(self) -> int:
@@ -197,8 +208,7 @@ class Keep(beam.DoFn):  # type: ignore[misc]
         """Drops what has closed by the time that the watermark has passed, after all that came before."""
         yield from self._take(settled, recent, waiting, close, turn, due)
         held = _Opened(self.view, settled, recent)
-        states, before = self.view.plan.merged([*held.old, *held.late]), held.rows
-        left = states.filter(pa.array(self.view.closes(states) > passed.micros))
+        left, before = held.left(passed.micros), held.rows
         held.replace(left)
         yield TaggedOutput("tallies", held.held(before))
         self._close(close, left)

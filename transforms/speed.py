@@ -134,6 +134,13 @@ class OpenView:
             return Advanced(tuple(pieces), [], empty, empty.select(self._named), 0)
         return (self._sessions if self._session else self._tiles)(pieces, read, new, watermark)
 
+    def answered(self, held: Sequence[pa.Table], new: pa.Table) -> Advanced:
+        """As ``advance``, of merged states that are added to those that are held, which stay as they are. Not of
+        sessions, nor of windows that overlap."""
+        known = self._touched(pa.concat_tables(held), new, ["_tile"]) if held else new.slice(0, 0)
+        answers = self.plan.finished(self.plan.merged([known, new]))
+        return Advanced((), [], answers, answers.select(self._named).slice(0, 0), _total([new]))
+
     def _tiles(
         self, pieces: Sequence[Piece], read: Callable[[Piece], pa.Table], new: pa.Table, watermark: int
     ) -> Advanced:
@@ -218,6 +225,11 @@ class OpenView:
     @property
     def _named(self) -> list[str]:
         return [*self.plan.by, "window_start"]
+
+    @property
+    def plain(self) -> bool:
+        """Whether its windows are side by side, so that states are merged by key and tile alone."""
+        return not self._session and not self.plan.window.overlapping
 
     @property
     def _session(self) -> bool:
