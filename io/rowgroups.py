@@ -93,9 +93,10 @@ def _coded(parquet: pq.ParquetFile, groups: range, columns: tuple[str, ...]) -> 
     """The columns of text of which the file has codes, all through: to read these as they are costs half."""
     found = []
     meta = parquet.metadata
+    texts = {field.name for field in parquet.schema_arrow if pa.types.is_string(field.type)}
     for index in range(meta.num_columns):
         name = meta.schema.column(index).path
-        if name in columns and pa.types.is_string(parquet.schema_arrow.field(name).type):
+        if name in columns and name in texts:
             stored = [meta.row_group(group).column(index) for group in groups]
             # Codes have at most 4 bytes; where the dictionary grew too large, text follows them.
             small = (part.has_dictionary_page and part.total_uncompressed_size < 4 * part.num_values for part in stored)

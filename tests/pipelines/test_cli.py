@@ -209,7 +209,7 @@ def test_none_switches_the_store_off_and_variables_expand(
         ([*RUN, "--ware=x"], "no option --ware"),
         ([*RUN, "flights"], "unexpected argument 'flights'"),
         ([*RUN, "--mode=bath"], "'bath' is not one of 'batch', 'stream'"),
-        ([*RUN, "--runner=Direct"], "--runner=Direct: no such runner here; one of DirectRunner"),
+        ([*RUN, "--runner=Direct"], "--runner=Direct: no such runner here; one of DataflowRunner, DirectRunner"),
         ([*RUN, "--from=then"], "'then' is not a time"),
         ([*RUN, "--from=2024-01-02", "--to=2024-01-01"], "not before"),
         ([*RUN, "--set", "most"], "'most' is not NAME=VALUE"),

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import socket
@@ -104,7 +105,9 @@ def test_a_process_that_got_a_members_id_is_none_of_ours(tiny: Tiny, tmp_path: P
     file = tmp_path / "tiny" / "cluster.json"
     ours = pids(cluster)["second"]
     told = file.read_text()
-    file.write_text(told.replace(f'"created": {cluster.members[1].created}', '"created": 1.0'))
+    changed = json.loads(told)
+    changed["members"][1]["created"] = 1.0
+    file.write_text(json.dumps(changed))
     assert clusters.found("tiny") is None
     clusters._end([clusters._read("tiny").members[1]])  # type: ignore[union-attr]
     os.kill(ours, 0)
