@@ -59,6 +59,7 @@ setup(
         "numpy>=2",
         "psutil>=6",
         "pyarrow>=20",
+        "requests>=2.31,<3",
         "rich>=13",
         "tzdata",  # time zones on machines that have none
     ],
