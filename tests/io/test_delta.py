@@ -128,6 +128,7 @@ def run() -> Iterator[Run]:
     process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("replace", ["nothing", "everything", Between("t", (Range(3, 7),))])
 @pytest.mark.parametrize("empty", [False, True])

@@ -14,6 +14,8 @@ from pipelines.runners import clusters
 from pipelines.runners.clusters import Member, Plan
 from pipelines.transforms.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 SERVER = """
 import os, socket, sys, time
 here = socket.create_server(("127.0.0.1", int(sys.argv[1])))
