@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import IO
 
 import pyarrow as pa
@@ -69,9 +69,7 @@ def read(split: Split) -> Iterator[pa.Table]:
     """
     at, gathered, size = split.first, [], 0
     groups = range(split.start, split.stop or 0)
-    with _opened(split.file) as parquet:
-        coded = _coded(parquet, groups, split.columns)
-    with _opened(split.file, coded) as parquet:
+    with _opened(split.file, groups, split.columns) as parquet:
         # One thread: who reads ahead is the caller. Small steps: what dictionaries unfold to is known only afterwards.
         for batch in parquet.iter_batches(STEP, row_groups=groups, columns=list(split.columns), use_threads=False):
             gathered.append(batch)
@@ -89,6 +87,19 @@ def _table(source: str, first: int, batches: list[pa.RecordBatch]) -> pa.Table:
     return table.append_column(SOURCE, name).append_column(OFFSET, offset)
 
 
+@contextlib.contextmanager
+def _opened(file: File, groups: range = range(0), columns: tuple[str, ...] = ()) -> Iterator[pq.ParquetFile]:
+    """groups, columns: what will be read, where text of which these have codes comes as codes."""
+    with _damage(file), _seekable(file) as handle:
+        # Of a remote file all columns of a split are fetched side by side, before they are decoded. Of a local one
+        # that would only hold them (400 MB for a file of 30M rows).
+        how = {"pre_buffer": not file.local, "buffer_size": 1 << 18 if file.local else 0}
+        parquet = pq.ParquetFile(handle, **how)
+        if coded := _coded(parquet, groups, columns):
+            parquet = pq.ParquetFile(handle, metadata=parquet.metadata, read_dictionary=coded, **how)
+        yield parquet
+
+
 def _coded(parquet: pq.ParquetFile, groups: range, columns: tuple[str, ...]) -> list[str]:
     """The columns of text of which the file has codes, all through: to read these as they are costs half."""
     found = []
@@ -102,16 +113,6 @@ def _coded(parquet: pq.ParquetFile, groups: range, columns: tuple[str, ...]) -> 
             small = (part.has_dictionary_page and part.total_uncompressed_size < 4 * part.num_values for part in stored)
             found += [name] if all(small) else []
     return found
-
-
-@contextlib.contextmanager
-def _opened(file: File, coded: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
-    """coded: the columns that come as dictionaries."""
-    with _damage(file), _seekable(file) as handle:
-        # Of a remote file all columns of a split are fetched side by side, before they are decoded. Of a local one
-        # that would only hold them (400 MB for a file of 30M rows).
-        how = {"pre_buffer": not file.local, "buffer_size": 1 << 18 if file.local else 0}
-        yield pq.ParquetFile(handle, read_dictionary=list(coded), **how)
 
 
 @contextlib.contextmanager
