@@ -79,17 +79,14 @@ def layer(pipeline: Pipeline, deployment: Deployment, buckets: int) -> Layer:
     if not plan.views:
         raise UserError(f"pipeline {pipeline.name!r} has no views, so a live run has nothing to keep; run it in batch")
     assert deployment.live
-    chains = (plan.chain, *(view.chain for view in plan.views if view.chain is not None))
-    if source.schema.personal or any(chain.keyed for chain in chains):
+    if source.schema.personal or plan.keyed:
         Key.load()
     cipher = Cipher(Key.load(), PURPOSE) if source.schema.personal else None
     personal = any(of.schema.personal for of in pipeline.dimensions)
     disorder, allowed = (Duration.fixed(text, "Source") for text in (source.disorder, source.lateness))
     with open_log(deployment.live) as log:
         form, schemas = log.format, log.schemas
-    used = tuple(f for f in source.schema.fields if f.name in plan.columns or source.extra != "ignore")
-    schema = dataclasses.replace(source.schema, fields=used)
-    decoder = Decoder(schema, pipeline.name, source.extra, source.invalid, None, cipher)
+    decoder = Decoder(plan.read(source), pipeline.name, source.extra, source.invalid, None, cipher)
     views = tuple(OpenView(view, Lateness(view.window, allowed)) for view in plan.views)
     rules = tuple(dict.fromkeys(view.rule for view in views))
     guard = dataclasses.replace(plan.dating.guard, format=form)

@@ -29,7 +29,7 @@ from pipelines.options import Deployment
 from pipelines.progress import shown
 from pipelines.replay import messages, written
 from pipelines.report import grid, indent
-from pipelines.run import mistake
+from pipelines.run import told
 from pipelines.runners import MODULES, Engine, clusters, named
 from pipelines.transforms import lateness
 from pipelines.transforms.avro_schemas import Schemas
@@ -129,7 +129,7 @@ def parity(
     """
     begun, disorder = time.perf_counter(), disorder or _disorder(pipeline, seed)
     with (
-        _told(),
+        told(),
         prepared(
             pipeline,
             history,
@@ -303,23 +303,11 @@ def _deployment(
     )
 
 
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """What a worker raised for the user, raised as that."""
-    try:
-        yield
-    except Exception as error:
-        if (found := mistake(error)) is None:
-            raise
-        raise found from error
-
-
 def _keyed(pipeline: Pipeline) -> bool:
     """Whether its workers need a key."""
     plan = pipeline.plan(live=True)
-    chains = (plan.chain, *(view.chain for view in plan.views if view.chain is not None))
     schemas = (pipeline.source.schema, *(of.schema for of in pipeline.dimensions))
-    return any(chain.keyed for chain in chains) or any(schema.personal for schema in schemas)
+    return plan.keyed or any(schema.personal for schema in schemas)
 
 
 @contextlib.contextmanager

@@ -84,10 +84,6 @@ class JobServer:
             return f"the job server composed by Maven, {jar}"
         return f"the job server given, {jar}" if self.given else f"Beam's own job server, {jar}"
 
-    def classpath(self, jar: Path) -> str:
-        """The classes of a job server's jar, and so of the engine in it."""
-        return f"{self._composed.parent}/lib/*" if jar == self._composed else str(jar)
-
     def launched(self, jar: Path) -> list[str]:
         """What Java is given to start any program with the classes of a job server's jar, and so of its engine."""
         jars = sorted((self._composed.parent / "lib").glob("*.jar")) if jar == self._composed else [jar]
