@@ -236,7 +236,7 @@ def run(
         made,
         Dimensions(given, deployment.refresh),
         deployment.store,
-        f"{made.turns.uri}/stream.json",
+        f"{made.place}/{job.FACTS}",
         epoch(clock()),
         deployment.trigger or None,
         int(at.timestamp() * 1_000_000) if isinstance(at, datetime.datetime) else at,
@@ -249,20 +249,19 @@ def run(
         stack.enter_context(drift.shown(report.title(pipeline, deployment), stream.facts))
         if isinstance(engine, Resumable):
             return _resumed(stream, deployment, engine, flags)
-        return _anew(stream, deployment.runner, engine, flags)
+        return _anew(stream, deployment, engine, flags)
 
 
-def _anew(stream: Stream, runner: str, engine: Engine, flags: Sequence[str]) -> dict[str, Any]:
+def _anew(stream: Stream, deployment: Deployment, engine: Engine, flags: Sequence[str]) -> dict[str, Any]:
     """On an engine that keeps nothing."""
-    for view in stream.layer.views if stream.store else ():
-        with open_store(stream.store or "") as store:
-            store.resume(stream.layer.named(view), view.plan.schema, (*view.plan.by, "window_start"))
-    _forget(stream.facts)
+    start = resume.start(stream.layer, deployment, stream.epoch, kept=False)
+    stream = dataclasses.replace(stream, epoch=start.job.epoch)
     try:
         engine.run(lambda root: build(root, stream), ["--streaming", *flags])
     except Detached as left:
         if left.job:
-            job.write(stream.layer.turns.uri, resume.detached(stream.layer, runner, stream.epoch, left.job))
+            at = {**left.job}
+            job.write(start.place, dataclasses.replace(start.job, id=at.pop("job"), at=at))
         raise
     except KeyboardInterrupt:
         said = "stopped; what it held is gone with it: the next run reads the log again from its first offset"
@@ -332,13 +331,6 @@ def _stopped_by_signals() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _forget(facts: str) -> None:
-    """An earlier run's counts must not pass for this one's."""
-    files, path = fsspec.url_to_fs(facts)
-    if _exists(facts):
-        files.rm(path)
 
 
 def _exists(uri: str) -> bool:
