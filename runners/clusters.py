@@ -18,6 +18,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -118,6 +119,16 @@ class Cluster:
     def flags(self) -> list[str]:
         """What makes Beam use its workers."""
         return ["--environment_type=EXTERNAL", f"--environment_config={self.workers}"] if self.workers else []
+
+
+PRELOAD = "pipelines.graph,pipelines.stream,pipelines.turn"
+"""What workers import, so that their pool does, once."""
+
+
+def workers(port: int) -> Member:
+    """A worker pool: of any engine."""
+    command = (sys.executable, "-m", "pipelines.runners.worker_pool", f"--port={port}", f"--preload={PRELOAD}")
+    return Member("worker pool", command, {"OPENBLAS_NUM_THREADS": "1"}, port, "^ready at")
 
 
 def folder(engine: str) -> Path:
