@@ -175,7 +175,7 @@ def prepared(
     seed, engine = disorder.seed, named(runner)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="parity-"))
-        made = stack.enter_context(_key())
+        made = stack.enter_context(_key(pipeline))
         deployment = _deployment(pipeline, folder, runner, format, dimensions or {}, seed)
         assert deployment.live and deployment.store
         given = samples.history(pipeline, seed) if history is None else history
@@ -194,7 +194,7 @@ def prepared(
             pipeline,
             deployment,
             engine,
-            stack.enter_context(_served(runner, engine, flags, alone=made and _keyed(pipeline))),
+            stack.enter_context(_served(runner, engine, flags, alone=made)),
             sent,
             log,
             stack.enter_context(open_store(deployment.store)),
@@ -303,18 +303,13 @@ def _deployment(
     )
 
 
-def _keyed(pipeline: Pipeline) -> bool:
-    """Whether its workers need a key."""
-    plan = pipeline.plan(live=True)
-    schemas = (pipeline.source.schema, *(of.schema for of in pipeline.dimensions))
-    return plan.keyed or any(schema.personal for schema in schemas)
-
-
 @contextlib.contextmanager
-def _key() -> Iterator[bool]:
-    """The key of the environment; a key for this trial where there is none: nothing of it is kept. Whether it was made,
-    so that a cluster's workers do not have it."""
-    if os.environ.get(VARIABLE) or os.environ.get(f"{VARIABLE}_FILE"):
+def _key(pipeline: Pipeline) -> Iterator[bool]:
+    """The key of the environment; a key for this trial where one is needed and there is none: nothing of it is kept.
+    Whether it was made, so that a cluster's workers do not have it."""
+    schemas = (pipeline.source.schema, *(of.schema for of in pipeline.dimensions))
+    needed = pipeline.plan(live=True).keyed or any(schema.personal for schema in schemas)
+    if not needed or os.environ.get(VARIABLE) or os.environ.get(f"{VARIABLE}_FILE"):
         yield False
         return
     os.environ[VARIABLE] = "00" * 32

@@ -104,9 +104,9 @@ def told() -> Iterator[None]:
 
 
 def dry_run(pipeline: "Pipeline", deployment: Deployment) -> None:
-    """Reads every header, plans every file, looks at every table, holds the graph of a batch run against what is known
-    not to work, and runs nothing."""
-    runners.named(deployment.runner)
+    """Reads every header, plans every file, looks at every table, holds the graph against what is known not to work,
+    and runs nothing."""
+    engine = runners.named(deployment.runner)
     if deployment.runner in runners.REMOTE:
         remote.check(deployment)
     if deployment.mode == "batch":
@@ -119,6 +119,11 @@ def dry_run(pipeline: "Pipeline", deployment: Deployment) -> None:
         from pipelines import live
 
         live.ready(pipeline, deployment)
+        if deployment.mode == "stream" and engine.UNBOUNDED:
+            from pipelines import stream
+
+            streamed = stream.compiled(pipeline, deployment, engine)
+            preflight.rehearse(deployment.runner, lambda root: stream.build(root, streamed))
 
 
 def mistake(error: BaseException) -> UserError | DataRefused | None:

@@ -216,6 +216,26 @@ class _Letters(beam.DoFn):  # type: ignore[misc]
         self.table.commit(stage.finish(), token=token, version=version, replace="nothing")
 
 
+def compiled(
+    pipeline: Pipeline, deployment: Deployment, engine: Engine, clock: Callable[[], float] = time.time
+) -> Stream:
+    """The stream of a pipeline, as it would begin anew. Raises UserError; writes nothing."""
+    made, at = layer(pipeline, deployment, BUCKETS), deployment.until
+    given = {one.name: (one, deployment.dimensions[one.name]) for one in pipeline.dimensions}
+    return Stream(
+        made,
+        Dimensions(given, deployment.refresh),
+        deployment.store,
+        f"{made.place}/{job.FACTS}",
+        epoch(clock()),
+        deployment.trigger or None,
+        int(at.timestamp() * 1_000_000) if isinstance(at, datetime.datetime) else at,
+        engine.DEALT,
+        isinstance(engine, Resumable),
+        clock=clock,
+    )
+
+
 def run(
     pipeline: Pipeline,
     deployment: Deployment,
@@ -229,22 +249,9 @@ def run(
     clock: seconds, of which the job's epoch is made, and by which a partition is idle. Raises DataRefused if in the end
     the conservation law is broken, UserError where what is kept is of another definition.
     """
-    made = layer(pipeline, deployment, BUCKETS)
-    at = deployment.until
-    given = {one.name: (one, deployment.dimensions[one.name]) for one in pipeline.dimensions}
-    stream = Stream(
-        made,
-        Dimensions(given, deployment.refresh),
-        deployment.store,
-        f"{made.place}/{job.FACTS}",
-        epoch(clock()),
-        deployment.trigger or None,
-        int(at.timestamp() * 1_000_000) if isinstance(at, datetime.datetime) else at,
-        engine.DEALT,
-        clock=clock,
-    )
+    stream = compiled(pipeline, deployment, engine, clock)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(made.turns.own())
+        stack.enter_context(stream.layer.turns.own())
         stack.enter_context(_stopped_by_signals())
         stack.enter_context(drift.shown(report.title(pipeline, deployment), stream.facts))
         if isinstance(engine, Resumable):
@@ -274,7 +281,7 @@ def _resumed(stream: Stream, deployment: Deployment, engine: Resumable, flags: S
     """On an engine that can go on where it was stopped, or died."""
     start, name = resume.start(stream.layer, deployment, stream.epoch), stream.layer.pipeline
     drain = start.job.drain(start.place)
-    stream = dataclasses.replace(stream, epoch=start.job.epoch, until=start.until, watched=True, drain=drain)
+    stream = dataclasses.replace(stream, epoch=start.job.epoch, until=start.until, drain=drain)
     if start.since is not None:
         print(f"{name}: goes on from {start.since}", file=sys.stderr)
     before, begun = drift.facts(stream.facts), time.monotonic()

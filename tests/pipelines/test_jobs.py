@@ -19,7 +19,8 @@ from pipelines.jobs import jobs
 from pipelines.layer import Layer, layer
 from pipelines.live import SpeedLayer
 from pipelines.options import Deployment
-from pipelines.runners import direct
+from pipelines.run import dry_run
+from pipelines.runners import direct, preflight
 from pipelines.transforms.errors import UserError
 
 
@@ -183,6 +184,17 @@ def test_a_stream_of_an_engine_that_keeps_nothing_has_no_twin_and_begins_anew(
     again = resume.start(made(deployment), deployment, 1, kept=False)
     assert (again.since, again.job.epoch) == (None, 6)
     assert live_rows(deployment, pipeline()) == 0
+
+
+def test_a_dry_run_of_a_stream_holds_its_graph_against_what_is_known(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dry_run(pipeline(), deployment)
+    refused = preflight.Known("FlinkRunner", "an unbounded source", "refuse", "it is a test", 1)
+    monkeypatch.setattr(preflight, "KNOWN", (refused,))
+    with pytest.raises(UserError, match=r"preflight: FlinkRunner: an unbounded source \(.*: it is a test"):
+        dry_run(pipeline(), deployment)
+    assert not Path(deployment.state).exists() and not Path(deployment.store or "").exists()
 
 
 class Engine:
