@@ -82,8 +82,7 @@ class Prepared(Shape):
 def prepare(pipeline: Pipeline, deployment: Deployment) -> Prepared:
     """Plans the files, opens the tables, checks what the user can mend. Raises UserError; writes nothing."""
     plan, source = pipeline.plan(), pipeline.source
-    chains = (plan.chain, *(view.chain for view in plan.views if view.chain is not None))
-    if source.schema.personal or any(chain.keyed for chain in chains):
+    if source.schema.personal or plan.keyed:
         Key.load()  # a run that would end without it had better not begin
     decoder = decoding(pipeline, plan)
     warehouse = f"{deployment.warehouse}/{pipeline.name}"
@@ -104,13 +103,10 @@ def prepare(pipeline: Pipeline, deployment: Deployment) -> Prepared:
 def decoding(pipeline: Pipeline, plan: Plan) -> Decoder:
     """What makes rows of what is read."""
     source = pipeline.source
-    used = tuple(f for f in source.schema.fields if f.name in plan.columns or source.extra != "ignore")
-    schema = dataclasses.replace(source.schema, fields=used)  # an unused column would be one that we do not know
     cipher = Cipher(Key.load(), PURPOSE) if source.schema.personal else None
-    chains = (plan.chain, *(view.chain for view in plan.views if view.chain is not None))
-    asked = all(isinstance(stage, SqlStage) for chain in chains for stage in chain.stages)  # by queries alone
+    asked = all(isinstance(stage, SqlStage) for chain in plan.chains for stage in chain.stages)  # by queries alone
     coded = asked and not (source.identities or pipeline.events)
-    return Decoder(schema, pipeline.name, source.extra, source.invalid, None, cipher, coded)
+    return Decoder(plan.read(source), pipeline.name, source.extra, source.invalid, None, cipher, coded)
 
 
 def _output(name: str, table: Table, read: Reading) -> Output:
@@ -125,8 +121,7 @@ def _output(name: str, table: Table, read: Reading) -> Output:
 
 
 def _said(plan: Plan) -> tuple[object, ...]:
-    chains = (plan.chain, *(view.chain for view in plan.views if view.chain is not None))
-    stages = [stage for chain in chains for stage in chain.stages]
+    stages = [stage for chain in plan.chains for stage in chain.stages]
     steps = [stage.sql if isinstance(stage, SqlStage) else stage.label for stage in stages]
     return steps, [(view.partial, view.result) for view in plan.views]
 

@@ -20,6 +20,9 @@ from pipelines.runners import clusters, flink_jobs
 from pipelines.transforms.errors import UserError
 
 FILE = "job.json"
+FACTS = "stream.json"
+"""Beside it: what the stream has counted, and how far it is."""
+
 STATE = 1
 """Of what a stream keeps: another number, another layout, and nothing is resumed."""
 
@@ -89,14 +92,6 @@ class Job:
                     "which reads the log from its first offset"
                 )
 
-    def refuse_running(self) -> None:
-        """Raises UserError where it still runs: two of it would write the same answers."""
-        if (found := self.found()) is not None and found[0].state(found[1]) in flink_jobs.LIVING:
-            raise UserError(
-                f"{self.pipeline}: already runs as job {found[1]} at {found[0].url}; "
-                f"see `pipelines jobs show {self.pipeline}`, or end it with `pipelines jobs stop {self.pipeline}`"
-            )
-
 
 def _cluster() -> str | None:
     """Where the Flink of this machine's cluster is asked."""
@@ -121,6 +116,19 @@ def write(place: str, job: Job) -> None:
     """Makes it the job of the folder."""
     told = json.dumps(dataclasses.asdict(job), indent=1, ensure_ascii=False)
     folder(place).write(FILE, pa.py_buffer(told.encode()))
+
+
+def forget(uri: str) -> None:
+    """Removes a file, or a folder, if it is there."""
+    files, path = fsspec.url_to_fs(uri)
+    if files.exists(path):
+        files.rm(path, recursive=True)
+
+
+def remove(place: str) -> None:
+    """Removes a stream that has ended: all that it kept, its job last."""
+    for name in ("flink", FACTS, FILE):
+        forget(f"{place}/{name}")
 
 
 def sweep(place: str, job: Job) -> None:

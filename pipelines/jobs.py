@@ -108,8 +108,8 @@ def resume(pipeline: str, state: str) -> None:
     """Run again the command that one was started with: it goes on where it was stopped or died."""
     from pipelines import running
 
-    _, job = running.found(pipeline, expand(state))
-    job.refuse_running()
+    place, job = running.found(pipeline, expand(state))
+    running.refuse(job, place)
     if not job.command:
         raise UserError(f"{pipeline}: it was not started by a command; start it as it was started")
     command = " ".join(["pipelines run", *job.command])

@@ -2,14 +2,16 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Iterable, Mapping
 
 import pyarrow as pa
 
 from pipelines.definition import Pipeline
 from pipelines.io.log import open_log
+from pipelines.io.store import LIVE, StoreConflict, open_store
 from pipelines.io.table import Table, open_table
 from pipelines.io.turns import Turns
-from pipelines.options import Deployment
+from pipelines.options import Deployment, masked
 from pipelines.sql import Plan
 from pipelines.transforms.chain import Chain, SqlStage
 from pipelines.transforms.deadletters import DEAD_LETTERS, PURPOSE
@@ -55,6 +57,44 @@ class Layer:
         """The view's name in the store."""
         return f"{self.pipeline}.{view.plan.name}"
 
+    @property
+    def place(self) -> str:
+        """Where its state is kept: ``<state>/<pipeline>``."""
+        return self.turns.uri
+
+    def views_of(self, *kept: Mapping[str, str]) -> list[str]:
+        """The names of its views, and of those in kept fingerprints."""
+        parts = {part for one in (fingerprint(self), *kept) for part in one}
+        return sorted(part.removeprefix("view ") for part in parts if part.startswith("view "))
+
+    def forget(self, views: Iterable[str], store: str | None, token: str) -> None:
+        """Removes what was delivered before a run that begins anew: live rows of these views, and dead letters. token:
+        of the run; once done, doing it again leaves its own dead letters."""
+        if store is not None:
+            with open_store(store) as answers:
+                for view in views:
+                    answers.drop(f"{self.pipeline}.{view}", LIVE)
+        letters = self.dead_letters
+        if (last := letters.last()) is not None and last.token != token:
+            version = letters.next_version()
+            nothing = letters.stage("anew", token=token, version=version).finish()
+            letters.commit(nothing, token=token, version=version, replace="everything")
+
+    def resume(self, uri: str, *, anew: bool) -> None:
+        """Makes the store ready for live rows. anew: of a run that begins so; another refuses a store without rows."""
+        with open_store(uri) as store:
+            for view in self.views:
+                name, keys = self.named(view), (*view.plan.by, "window_start")
+                if not anew:
+                    try:
+                        store.get(name, view.plan.schema.empty_table().select(keys), generation=LIVE)
+                    except StoreConflict:
+                        raise UserError(
+                            f"--store={masked(uri)}: has no live rows of {name}, they were given to another; name that "
+                            "one, or start again with --rebuild, which reads the log from its first offset"
+                        ) from None
+                store.resume(name, view.plan.schema, keys)
+
     def keep(self, name: str, dimension: pa.Table) -> None:
         """Writes a dimension as a state file; encrypted as a whole where a pipeline's dimension is personal."""
         if self.sealed is not None:
@@ -79,17 +119,14 @@ def layer(pipeline: Pipeline, deployment: Deployment, buckets: int) -> Layer:
     if not plan.views:
         raise UserError(f"pipeline {pipeline.name!r} has no views, so a live run has nothing to keep; run it in batch")
     assert deployment.live
-    chains = (plan.chain, *(view.chain for view in plan.views if view.chain is not None))
-    if source.schema.personal or any(chain.keyed for chain in chains):
+    if source.schema.personal or plan.keyed:
         Key.load()
     cipher = Cipher(Key.load(), PURPOSE) if source.schema.personal else None
     personal = any(of.schema.personal for of in pipeline.dimensions)
     disorder, allowed = (Duration.fixed(text, "Source") for text in (source.disorder, source.lateness))
     with open_log(deployment.live) as log:
         form, schemas = log.format, log.schemas
-    used = tuple(f for f in source.schema.fields if f.name in plan.columns or source.extra != "ignore")
-    schema = dataclasses.replace(source.schema, fields=used)
-    decoder = Decoder(schema, pipeline.name, source.extra, source.invalid, None, cipher)
+    decoder = Decoder(plan.read(source), pipeline.name, source.extra, source.invalid, None, cipher)
     views = tuple(OpenView(view, Lateness(view.window, allowed)) for view in plan.views)
     rules = tuple(dict.fromkeys(view.rule for view in views))
     guard = dataclasses.replace(plan.dating.guard, format=form)

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from pipelines import job, running
 from pipelines.commit_turn import NOTHING, Next, Span, commit
 from pipelines.definition import Pipeline
 from pipelines.dimensions import Clock, Dimensions, whole
 from pipelines.io.log import Bounds, Log, open_log, refuse_gone
-from pipelines.io.store import LIVE, Store, StoreConflict, open_store
+from pipelines.io.store import LIVE, Store, open_store
 from pipelines.io.turns import Turn, Turns
+from pipelines.job import Job
 from pipelines.layer import fingerprint, layer
 from pipelines.options import Deployment, masked
 from pipelines.runners import Engine
@@ -28,7 +30,6 @@ from pipelines.runners.microbatch import stopped_by_signals, turns
 from pipelines.transforms.conservation import TALLY, Conservation
 from pipelines.transforms.errors import UserError
 from pipelines.transforms.lateness import IDLE_AFTER, NEVER, Position
-from pipelines.transforms.view import ViewPlan
 
 if TYPE_CHECKING:
     import apache_beam as beam
@@ -81,50 +82,28 @@ class SpeedLayer:
         self._store: Store | None = open_store(deployment.store) if deployment.store else None
         self._dimensions = Dimensions(pipeline, deployment, self.layer, clock)
         self._active: dict[str, float] = {}
+        streamed = job.read(self.layer.place)
+        if streamed is not None:
+            self._refuse_stream(streamed)
         if self.last is None or deployment.rebuild:
-            self.last = self._begin_anew()
+            self.last = self._begin_anew({} if streamed is None else streamed.fingerprint)
         self._refuse_other(self.last.facts["fingerprint"])
-        self._forget(self.last)
-        if self._store is not None:
-            for view in self.layer.views:
-                self._resume(self._store, self.layer.named(view), view.plan)
+        if anew := self.last.facts["anew"]:  # again if this run dies before the next turn
+            self.layer.forget(anew, deployment.store, f"anew-{self.last.number}")
+        if streamed is not None:
+            job.remove(self.layer.place)
+        if deployment.store:
+            self.layer.resume(deployment.store, anew=bool(anew))
         self.layer.turns.sweep()
         self._take = engine.prepared(self._build, flags)
 
-    def _begin_anew(self) -> Turn:
+    def _begin_anew(self, streamed: Mapping[str, str]) -> Turn:
         """A turn that knows nothing, but the views whose rows go: those of now, and of the definition before."""
         number, before = (1, NOTHING) if self.last is None else (self.last.number + 1, self.last.facts)
-        parts = {*before.get("fingerprint", ()), *self.fingerprint}
-        views = {*before["anew"], *(part.removeprefix("view ") for part in parts if part.startswith("view "))}
+        views = {*before["anew"], *self.layer.views_of(before.get("fingerprint", {}), streamed)}
         turn = Turn(number, (), {**NOTHING, "fingerprint": self.fingerprint, "anew": sorted(views)})
         self.layer.turns.commit(turn)
         return turn
-
-    def _forget(self, turn: Turn) -> None:
-        """Removes what was delivered before a turn that begins anew: after its commit, again if this run dies before
-        the next."""
-        for view in turn.facts["anew"] if self._store is not None else ():
-            assert self._store is not None
-            self._store.drop(f"{self.layer.pipeline}.{view}", LIVE)
-        letters, token = self.layer.dead_letters, f"anew-{turn.number}"
-        if turn.facts["anew"] and (last := letters.last()) is not None and last.token != token:
-            version = letters.next_version()
-            nothing = letters.stage("turn", token=token, version=version).finish()
-            letters.commit(nothing, token=token, version=version, replace="everything")
-
-    def _resume(self, store: Store, name: str, plan: ViewPlan) -> None:
-        keys = (*plan.by, "window_start")
-        assert self.last is not None
-        if not self.last.facts["anew"]:
-            try:
-                store.get(name, plan.schema.empty_table().select(keys), generation=LIVE)
-            except StoreConflict:
-                raise UserError(
-                    f"--store={masked(self.deployment.store or '')}: has no live rows of {name}, and turns up to "
-                    f"{self.last.number} were given to another; name that one, or start again with --rebuild, "
-                    "which reads the log from its first offset"
-                ) from None
-        store.resume(name, plan.schema, keys)
 
     def close(self) -> None:
         self._log.close()
@@ -278,6 +257,14 @@ class SpeedLayer:
         since = NEVER if position.greatest is None else position.greatest - self.layer.disorder + int(idle * 1_000_000)
         moved = max(own, since // 1000 * 1000, min(marks, default=NEVER))
         return position if moved <= own else dataclasses.replace(position, idle=moved)
+
+    def _refuse_stream(self, streamed: Job) -> None:
+        running.refuse(streamed, self.layer.place)
+        if not self.deployment.rebuild:
+            raise UserError(
+                f"{self.layer.place}: its state is of --mode=stream on {streamed.runner}; go on with that, name "
+                "another --state, or start again with --rebuild, which reads the log from its first offset"
+            )
 
     def _refuse_other(self, kept: dict[str, str]) -> None:
         for part in {**kept, **self.fingerprint}:

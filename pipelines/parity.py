@@ -29,7 +29,7 @@ from pipelines.options import Deployment
 from pipelines.progress import shown
 from pipelines.replay import messages, written
 from pipelines.report import grid, indent
-from pipelines.run import mistake
+from pipelines.run import told
 from pipelines.runners import MODULES, Engine, clusters, named
 from pipelines.transforms import lateness
 from pipelines.transforms.avro_schemas import Schemas
@@ -129,7 +129,7 @@ def parity(
     """
     begun, disorder = time.perf_counter(), disorder or _disorder(pipeline, seed)
     with (
-        _told(),
+        told(),
         prepared(
             pipeline,
             history,
@@ -175,7 +175,7 @@ def prepared(
     seed, engine = disorder.seed, named(runner)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="parity-"))
-        made = stack.enter_context(_key())
+        made = stack.enter_context(_key(pipeline))
         deployment = _deployment(pipeline, folder, runner, format, dimensions or {}, seed)
         assert deployment.live and deployment.store
         given = samples.history(pipeline, seed) if history is None else history
@@ -194,7 +194,7 @@ def prepared(
             pipeline,
             deployment,
             engine,
-            stack.enter_context(_served(runner, engine, flags, alone=made and _keyed(pipeline))),
+            stack.enter_context(_served(runner, engine, flags, alone=made)),
             sent,
             log,
             stack.enter_context(open_store(deployment.store)),
@@ -304,29 +304,12 @@ def _deployment(
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """What a worker raised for the user, raised as that."""
-    try:
-        yield
-    except Exception as error:
-        if (found := mistake(error)) is None:
-            raise
-        raise found from error
-
-
-def _keyed(pipeline: Pipeline) -> bool:
-    """Whether its workers need a key."""
-    plan = pipeline.plan(live=True)
-    chains = (plan.chain, *(view.chain for view in plan.views if view.chain is not None))
+def _key(pipeline: Pipeline) -> Iterator[bool]:
+    """The key of the environment; a key for this trial where one is needed and there is none: nothing of it is kept.
+    Whether it was made, so that a cluster's workers do not have it."""
     schemas = (pipeline.source.schema, *(of.schema for of in pipeline.dimensions))
-    return any(chain.keyed for chain in chains) or any(schema.personal for schema in schemas)
-
-
-@contextlib.contextmanager
-def _key() -> Iterator[bool]:
-    """The key of the environment; a key for this trial where there is none: nothing of it is kept. Whether it was made,
-    so that a cluster's workers do not have it."""
-    if os.environ.get(VARIABLE) or os.environ.get(f"{VARIABLE}_FILE"):
+    needed = pipeline.plan(live=True).keyed or any(schema.personal for schema in schemas)
+    if not needed or os.environ.get(VARIABLE) or os.environ.get(f"{VARIABLE}_FILE"):
         yield False
         return
     os.environ[VARIABLE] = "00" * 32

@@ -59,15 +59,15 @@ def _live(pipeline: "Pipeline", deployment: Deployment, engine: runners.Engine, 
     if deployment.mode == "stream" and engine.UNBOUNDED:
         from pipelines import stream
 
-        with _told(), archive.along(pipeline, deployment):
+        with told(), archive.along(pipeline, deployment):
             return cast("report.Facts", stream.run(pipeline, deployment, engine, flags))
     if deployment.mode == "stream":
         said = "here a stream runs as micro-batch, one bounded graph a turn"
         why = preflight.degraded(deployment.runner)
         print(f"{pipeline.name}: {deployment.runner} takes no unbounded graph; {said} ({why})", file=sys.stderr)
     title = report.title(pipeline, deployment)
-    with _told(), archive.along(pipeline, deployment), watch.shown(title) as told:
-        return cast("report.Facts", live.run(pipeline, deployment, engine, flags, told=told))
+    with told(), archive.along(pipeline, deployment), watch.shown(title) as tell:
+        return cast("report.Facts", live.run(pipeline, deployment, engine, flags, told=tell))
 
 
 def _batch(
@@ -86,14 +86,14 @@ def _batch(
 
     disk = contextlib.nullcontext() if engine.DISTRIBUTED else spill_folder()
     away = deployment.runner in runners.REMOTE  # where what it has read is not told
-    told = contextlib.nullcontext() if away else progress.shown(report.title(pipeline, deployment))
-    with disk as spill, told, _told():
+    shown = contextlib.nullcontext() if away else progress.shown(report.title(pipeline, deployment))
+    with disk as spill, shown, told():
         engine.run(build, flags)
     return cast("report.Facts", json.loads(_taken(deployment.facts)))
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
+def told() -> Iterator[None]:
     """What a worker raised for the user, raised as that."""
     try:
         yield
@@ -104,9 +104,9 @@ def _told() -> Iterator[None]:
 
 
 def dry_run(pipeline: "Pipeline", deployment: Deployment) -> None:
-    """Reads every header, plans every file, looks at every table, holds the graph of a batch run against what is known
-    not to work, and runs nothing."""
-    runners.named(deployment.runner)
+    """Reads every header, plans every file, looks at every table, holds the graph against what is known not to work,
+    and runs nothing."""
+    engine = runners.named(deployment.runner)
     if deployment.runner in runners.REMOTE:
         remote.check(deployment)
     if deployment.mode == "batch":
@@ -119,6 +119,11 @@ def dry_run(pipeline: "Pipeline", deployment: Deployment) -> None:
         from pipelines import live
 
         live.ready(pipeline, deployment)
+        if deployment.mode == "stream" and engine.UNBOUNDED:
+            from pipelines import stream
+
+            streamed = stream.compiled(pipeline, deployment, engine)
+            preflight.rehearse(deployment.runner, lambda root: stream.build(root, streamed))
 
 
 def mistake(error: BaseException) -> UserError | DataRefused | None:

@@ -97,7 +97,7 @@ class OnFlink:
         with fsspec.open(self.job.drain(self.place), "wt") as file:
             file.write("")
         end = time.monotonic() + flink_jobs.PATIENCE
-        while not drift.facts(f"{self.place}/stream.json").ended:
+        while not drift.facts(f"{self.place}/{job.FACTS}").ended:
             if time.monotonic() > end or not self.lives:
                 files, path = fsspec.url_to_fs(self.job.drain(self.place))
                 files.rm(path)
@@ -172,6 +172,15 @@ def engine(of: Job, place: str) -> Engine | None:
     return None if at is None else OnFlink(*at, of, place)
 
 
+def refuse(of: Job, place: str) -> None:
+    """Raises UserError where a job still runs: two of it would write the same answers."""
+    if (at := engine(of, place)) is not None and at.lives:
+        raise UserError(
+            f"{of.pipeline}: already runs as job {at.id}; see `pipelines jobs show {of.pipeline}`, or end it with "
+            f"`pipelines jobs stop {of.pipeline}`"
+        )
+
+
 def row(of: Job, place: str) -> dict[str, Any]:
     """A job in a list."""
     try:
@@ -190,7 +199,7 @@ def row(of: Job, place: str) -> dict[str, Any]:
 
 def far(place: str) -> dict[str, Any]:
     """How far a stream has told that it is."""
-    facts = drift.facts(f"{place}/stream.json")
+    facts = drift.facts(f"{place}/{job.FACTS}")
     told: dict[str, Any] = {"counts": facts.counts.equation(), "state rows": sum(facts.counts.held.values())}
     if facts.reached is not None:
         told |= {"complete through": facts.reached.complete_through, "next offsets": facts.reached.offsets}

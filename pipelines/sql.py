@@ -23,7 +23,8 @@ from pipelines.transforms.view import ViewPlan
 from pipelines.transforms.windows import Session, Sliding, Window, floor_sql
 
 if TYPE_CHECKING:
-    from pipelines.definition import Pipeline, View
+    from pipelines.definition import Pipeline, Source, View
+    from pipelines.transforms.schema import RowSchema
 
 TIME = "TIMESTAMP WITH TIME ZONE"
 Lineage = dict[str, frozenset[str]]
@@ -41,6 +42,21 @@ class Plan:
     chain: Chain
     views: tuple[ViewPlan, ...]
     lineage: dict[str, Lineage]
+
+    @property
+    def chains(self) -> tuple[Chain, ...]:
+        """The shared steps and those of views."""
+        return (self.chain, *(view.chain for view in self.views if view.chain is not None))
+
+    @property
+    def keyed(self) -> bool:
+        """Whether a step needs the key of PIPELINES_KEY."""
+        return any(chain.keyed for chain in self.chains)
+
+    def read(self, source: "Source") -> "RowSchema":
+        """The source's schema of what a run must read: all of it where an unused column would be one not known."""
+        used = tuple(f for f in source.schema.fields if f.name in self.columns or source.extra != "ignore")
+        return dataclasses.replace(source.schema, fields=used)
 
 
 @functools.lru_cache(maxsize=256)

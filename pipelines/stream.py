@@ -216,6 +216,26 @@ class _Letters(beam.DoFn):  # type: ignore[misc]
         self.table.commit(stage.finish(), token=token, version=version, replace="nothing")
 
 
+def compiled(
+    pipeline: Pipeline, deployment: Deployment, engine: Engine, clock: Callable[[], float] = time.time
+) -> Stream:
+    """The stream of a pipeline, as it would begin anew. Raises UserError; writes nothing."""
+    made, at = layer(pipeline, deployment, BUCKETS), deployment.until
+    given = {one.name: (one, deployment.dimensions[one.name]) for one in pipeline.dimensions}
+    return Stream(
+        made,
+        Dimensions(given, deployment.refresh),
+        deployment.store,
+        f"{made.place}/{job.FACTS}",
+        epoch(clock()),
+        deployment.trigger or None,
+        int(at.timestamp() * 1_000_000) if isinstance(at, datetime.datetime) else at,
+        engine.DEALT,
+        isinstance(engine, Resumable),
+        clock=clock,
+    )
+
+
 def run(
     pipeline: Pipeline,
     deployment: Deployment,
@@ -229,40 +249,26 @@ def run(
     clock: seconds, of which the job's epoch is made, and by which a partition is idle. Raises DataRefused if in the end
     the conservation law is broken, UserError where what is kept is of another definition.
     """
-    made = layer(pipeline, deployment, BUCKETS)
-    at = deployment.until
-    given = {one.name: (one, deployment.dimensions[one.name]) for one in pipeline.dimensions}
-    stream = Stream(
-        made,
-        Dimensions(given, deployment.refresh),
-        deployment.store,
-        f"{made.turns.uri}/stream.json",
-        epoch(clock()),
-        deployment.trigger or None,
-        int(at.timestamp() * 1_000_000) if isinstance(at, datetime.datetime) else at,
-        engine.DEALT,
-        clock=clock,
-    )
+    stream = compiled(pipeline, deployment, engine, clock)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(made.turns.own())
+        stack.enter_context(stream.layer.turns.own())
         stack.enter_context(_stopped_by_signals())
         stack.enter_context(drift.shown(report.title(pipeline, deployment), stream.facts))
         if isinstance(engine, Resumable):
             return _resumed(stream, deployment, engine, flags)
-        return _anew(stream, deployment.runner, engine, flags)
+        return _anew(stream, deployment, engine, flags)
 
 
-def _anew(stream: Stream, runner: str, engine: Engine, flags: Sequence[str]) -> dict[str, Any]:
+def _anew(stream: Stream, deployment: Deployment, engine: Engine, flags: Sequence[str]) -> dict[str, Any]:
     """On an engine that keeps nothing."""
-    for view in stream.layer.views if stream.store else ():
-        with open_store(stream.store or "") as store:
-            store.resume(stream.layer.named(view), view.plan.schema, (*view.plan.by, "window_start"))
-    _forget(stream.facts)
+    start = resume.start(stream.layer, deployment, stream.epoch, kept=False)
+    stream = dataclasses.replace(stream, epoch=start.job.epoch)
     try:
         engine.run(lambda root: build(root, stream), ["--streaming", *flags])
     except Detached as left:
         if left.job:
-            job.write(stream.layer.turns.uri, resume.detached(stream.layer, runner, stream.epoch, left.job))
+            at = {**left.job}
+            job.write(start.place, dataclasses.replace(start.job, id=at.pop("job"), at=at))
         raise
     except KeyboardInterrupt:
         said = "stopped; what it held is gone with it: the next run reads the log again from its first offset"
@@ -275,7 +281,7 @@ def _resumed(stream: Stream, deployment: Deployment, engine: Resumable, flags: S
     """On an engine that can go on where it was stopped, or died."""
     start, name = resume.start(stream.layer, deployment, stream.epoch), stream.layer.pipeline
     drain = start.job.drain(start.place)
-    stream = dataclasses.replace(stream, epoch=start.job.epoch, until=start.until, watched=True, drain=drain)
+    stream = dataclasses.replace(stream, epoch=start.job.epoch, until=start.until, drain=drain)
     if start.since is not None:
         print(f"{name}: goes on from {start.since}", file=sys.stderr)
     before, begun = drift.facts(stream.facts), time.monotonic()
@@ -332,13 +338,6 @@ def _stopped_by_signals() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _forget(facts: str) -> None:
-    """An earlier run's counts must not pass for this one's."""
-    files, path = fsspec.url_to_fs(facts)
-    if _exists(facts):
-        files.rm(path)
 
 
 def _exists(uri: str) -> bool:

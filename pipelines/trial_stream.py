@@ -65,7 +65,7 @@ class Streamed(Trial):
 
     @property
     def counts(self) -> Conservation:
-        return drift.counted(f"{self._place}/stream.json")
+        return drift.counted(f"{self._place}/{jobs.FACTS}")
 
     @property
     def told(self) -> str:
@@ -80,7 +80,7 @@ class Streamed(Trial):
         """Runs a job while these parts are sent, and ends it then."""
         first, *others = [part for part in parts if part] or [{}]
         self._send(first)
-        Path(f"{self._place}/stream.json").unlink(missing_ok=True)
+        Path(f"{self._place}/{jobs.FACTS}").unlink(missing_ok=True)
         self.jobs += 1
         kill = self._kill if point == "killed while it reads" else None
         with _ended(lambda ended: self._feed(others, point, ended), kill):

@@ -18,6 +18,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -120,6 +121,18 @@ class Cluster:
         return ["--environment_type=EXTERNAL", f"--environment_config={self.workers}"] if self.workers else []
 
 
+POOL = "worker pool"
+
+PRELOAD = "pipelines.graph,pipelines.stream,pipelines.turn"
+"""What workers import, so that their pool does, once."""
+
+
+def workers(port: int) -> Member:
+    """A worker pool: of any engine."""
+    command = (sys.executable, "-m", "pipelines.runners.worker_pool", f"--port={port}", f"--preload={PRELOAD}")
+    return Member(POOL, command, {"OPENBLAS_NUM_THREADS": "1"}, port, "^ready at")
+
+
 def folder(engine: str) -> Path:
     """Where an engine's programs and logs are."""
     return Path(os.environ.get("PIPELINES_CLUSTERS", ".clusters"), engine).absolute()
@@ -133,7 +146,8 @@ def scratch(place: Path, member: str) -> Path:
 def found(engine: str) -> Cluster | None:
     """The cluster of an engine, if all of its members are alive.
 
-    Raises UserError where its workers would look for this process's relative paths in another folder.
+    Raises UserError where its workers would look for this process's relative paths in another folder, or would not
+    have its key.
     """
     cluster = _read(engine)
     if cluster is None or not cluster.members or not all(one.process() for one in cluster.members):
@@ -143,7 +157,24 @@ def found(engine: str) -> Cluster | None:
             f"the {engine} cluster of {folder(engine)} was started in {cluster.cwd}, where its workers look for "
             f"relative paths: run from there, or `pipelines cluster down {engine}` and up here"
         )
+    key = _key(os.environ)
+    for one in cluster.members if key else ():
+        process = one.process() if one.name == POOL else None
+        if process is not None and (other := _key(process.environ())) != key:
+            raise UserError(
+                f"the {engine} cluster of {folder(engine)}: its workers have {'another' if other else 'no'} "
+                f"PIPELINES_KEY: `pipelines cluster down {engine}`, and up with this one"
+            )
     return cluster
+
+
+def _key(environment: Mapping[str, str]) -> str | None:
+    """Names the key of an environment; None where it has none."""
+    from pipelines.transforms.protect import Key
+
+    with contextlib.suppress(UserError):
+        return Key.load(environment).id
+    return None
 
 
 def up(engine: str, tell: Callable[[str], None] = lambda line: None, **options: str) -> Cluster:

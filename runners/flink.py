@@ -37,6 +37,8 @@ DISTRIBUTED = True
 UNBOUNDED = True
 DEALT = False
 
+Server = Callable[[], contextlib.AbstractContextManager[str]]
+
 _NAMED = "--runner=FlinkRunner"
 """For preflight."""
 
@@ -76,18 +78,21 @@ _LOOK, _OFTEN = 0.2, 25
 
 def run(build: Callable[[beam.Pipeline], None], flags: Sequence[str]) -> None:
     """Runs the graph to its end on Flink. What a worker raises comes as the text of its traceback."""
-    with _server(flags) as (endpoint, cluster):
+    server, cluster = _server(flags)
+    with server() as endpoint:
         jobs.run(build, endpoint, [_NAMED, *cluster, *flags])
 
 
 def prepared(build: Callable[[beam.Pipeline], None], flags: Sequence[str]) -> Callable[[], None]:
-    """The graph, to be run any number of times, as jobs of their own."""
-    return lambda: run(build, flags)
+    """The graph, to be run any number of times, all on one server."""
+    server, cluster = _server(flags)
+    return jobs.prepared(build, server, [_NAMED, *cluster, *flags])
 
 
 def follow(build: Callable[[beam.Pipeline], None], flags: Sequence[str], following: "Following") -> None:
     """Runs an unbounded graph; see ``pipelines.runners.Resumable``."""
-    with _server(flags) as (endpoint, cluster), _configured(following.since) as configuration:
+    server, cluster = _server(flags)
+    with server() as endpoint, _configured(following.since) as configuration:
         ours = [*_STREAMING, f"--state_backend_storage_path={location(following.folder)}", *cluster]
         ours += flink_cluster.RESTARTS if cluster else ()
         if following.since is not None:
@@ -206,19 +211,16 @@ def _configured(since: str | None = None) -> Iterator[Path]:
         yield Path(folder)
 
 
-@contextlib.contextmanager
-def _server(flags: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """The endpoint of a job server, and what makes Beam use all of its cluster, if it is one of this machine."""
+def _server(flags: Sequence[str]) -> tuple[Server, list[str]]:
+    """What starts a job server, or finds one, and what makes Beam use all of its cluster, if it is of this machine."""
     options = PipelineOptions(list(flags))
     given, master = options.view_as(PortableOptions).job_endpoint, options.view_as(FlinkRunnerOptions).flink_master
     if given:
-        yield given, []
-    elif master == "[auto]" and (cluster := clusters.found("flink")) is not None:
+        return lambda: contextlib.nullcontext(given), []
+    if master == "[auto]" and (cluster := clusters.found("flink")) is not None:
         print(f"FlinkRunner: on the cluster at {cluster.facts['rest']}", file=sys.stderr)
-        yield cluster.endpoint, flink_cluster.flags(cluster)
-    else:
-        with serving(options) as endpoint:
-            yield endpoint, []
+        return lambda: contextlib.nullcontext(cluster.endpoint), flink_cluster.flags(cluster)
+    return lambda: serving(options), []
 
 
 @contextlib.contextmanager
@@ -236,6 +238,4 @@ def serving(options: PipelineOptions | None = None) -> Iterator[str]:
 def server(options: PipelineOptions) -> java.JobServer:
     """Flink's job server."""
     given = options.view_as(FlinkRunnerOptions).flink_job_server_jar
-    return java.JobServer(
-        "Flink", "org.apache.beam.runners.flink.FlinkJobServerDriver", given, lambda: FlinkJarJobServer(options)
-    )
+    return java.JobServer("Flink", flink_cluster.MAIN, given, lambda: FlinkJarJobServer(options))

@@ -7,7 +7,6 @@ was killed. All listen on 127.0.0.1 alone. Together about 2 GiB, and what the Py
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,9 +28,6 @@ SLOTS = 4
 
 RESTARTS = ("--number_of_execution_retries=2147483647", "--execution_retry_delay=1000")
 """A stream is tried again for ever, a second later. Flink's own delays grow to a minute, for an hour."""
-
-PRELOAD = "pipelines.graph,pipelines.stream,pipelines.turn"
-"""What workers import, so that the pool does, once."""
 
 _HOST = "127.0.0.1"
 _RUNTIME = "org.apache.flink.runtime"
@@ -75,8 +71,8 @@ def plan(folder: Path, port: Callable[[str], int], tell: Callable[[str], None], 
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=4).hexdigest()  # members of other ones are replaced
     run = (jobs.java(), *java.JAVA, *_LOGS, f"-Dsettings={digest}", *jobs.launched(jar))
     conf, rest, endpoint = f"{folder}/conf", f"{_HOST}:{port('rest')}", f"{_HOST}:{port('job server')}"
-    ports = (f"--job-port={port('job server')}", f"--artifact-port={port('artifacts')}", "--expansion-port=0")
-    submitting = (f"--flink-master={rest}", f"--job-host={_HOST}", *ports, f"--artifacts-dir={folder}/artifacts")
+    ports = java.listening(port("job server"), port("artifacts"))
+    submitting = (f"--flink-master={rest}", *ports, f"--artifacts-dir={folder}/artifacts")
 
     def member(name: str, of: str, memory: Sequence[str], *program: str, ready: str | None = None) -> Member:
         own = f"-Djava.io.tmpdir={clusters.scratch(folder, name)}"
@@ -91,7 +87,7 @@ def plan(folder: Path, port: Callable[[str], int], tell: Callable[[str], None], 
         member("jobmanager", "rest", _MANAGER, manager, f"--configDir={conf}", ready="granted leadership"),
         member("taskmanager", "taskmanager", _TASKS, runner, f"--configDir={conf}", ready=registered),
         member("job server", "job server", _SERVER, MAIN, *submitting, ready=java.STARTED.pattern),
-        workers(port("worker pool")),
+        clusters.workers(port("worker pool")),
     ]
     facts = {
         "rest": f"http://{rest}",
@@ -102,12 +98,6 @@ def plan(folder: Path, port: Callable[[str], int], tell: Callable[[str], None], 
         "job_server": jobs.told(jar),
     }
     return Plan(members, endpoint, f"{_HOST}:{port('worker pool')}", facts)
-
-
-def workers(port: int) -> Member:
-    """A worker pool: of any engine."""
-    command = (sys.executable, "-m", "pipelines.runners.worker_pool", f"--port={port}", f"--preload={PRELOAD}")
-    return Member("worker pool", command, {"OPENBLAS_NUM_THREADS": "1"}, port, "^ready at")
 
 
 def down(folder: Path) -> None:

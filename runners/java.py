@@ -31,7 +31,11 @@ JAVA = [
     "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
     "-Dorg.slf4j.simpleLogger.log.org.apache.beam.runners.jobsubmission.JobServerDriver=info",
 ]
-_PORTS = ("--job-host=127.0.0.1", "--job-port=0", "--artifact-port=0", "--expansion-port=0")
+
+
+def listening(port: int = 0, artifacts: int = 0) -> tuple[str, ...]:
+    """Where a job server listens, as it is told; port, artifacts: 0 for one that it chooses."""
+    return "--job-host=127.0.0.1", f"--job-port={port}", f"--artifact-port={artifacts}", "--expansion-port=0"
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class JobServer:
         from pipelines.runners import jobs
 
         program = [*self.launched(self.jar()), self.main]
-        command = [self.java(), *JAVA, *properties, *program, *arguments, *_PORTS]
+        command = [self.java(), *JAVA, *properties, *program, *arguments, *listening()]
         with jobs.serving(self.engine.lower(), command, STARTED) as endpoint:
             yield endpoint
 
@@ -83,10 +87,6 @@ class JobServer:
         if jar == self._composed:
             return f"the job server composed by Maven, {jar}"
         return f"the job server given, {jar}" if self.given else f"Beam's own job server, {jar}"
-
-    def classpath(self, jar: Path) -> str:
-        """The classes of a job server's jar, and so of the engine in it."""
-        return f"{self._composed.parent}/lib/*" if jar == self._composed else str(jar)
 
     def launched(self, jar: Path) -> list[str]:
         """What Java is given to start any program with the classes of a job server's jar, and so of its engine."""

@@ -48,7 +48,7 @@ def _server(flags: Sequence[str]) -> tuple[Server, list[str]]:
         return lambda: contextlib.nullcontext(given), every
     if not options.view_as(PrismRunnerOptions).prism_location and (cluster := clusters.found("prism")):
         print(f"PrismRunner: on the one at {cluster.endpoint}", file=sys.stderr)
-        return lambda: contextlib.nullcontext(cluster.endpoint), [*prism_cluster.flags(cluster), *every]
+        return lambda: contextlib.nullcontext(cluster.endpoint), [*cluster.flags, *every]
     return lambda: serving(options), every
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from pipelines.runners import clusters, flink_cluster
-from pipelines.runners.clusters import Cluster, Member, Plan
+from pipelines.runners import clusters
+from pipelines.runners.clusters import Member, Plan
 from pipelines.transforms.errors import UserError
 
 STARTED = re.compile(r'msg="Serving JobManagement" endpoint=\S+:(\d+)')
@@ -24,18 +24,13 @@ def plan(folder: Path, port: Callable[[str], int], tell: Callable[[str], None], 
     tell(f"with {program}")
     members = [
         Member("prism", command(program, port("prism")), {}, port("prism"), STARTED.pattern),
-        flink_cluster.workers(port("worker pool")),
+        clusters.workers(port("worker pool")),
     ]
     return Plan(members, f"{_HOST}:{port('prism')}", f"{_HOST}:{port('worker pool')}")
 
 
 def down(folder: Path) -> None:
     """Nothing is left: Prism keeps all in memory."""
-
-
-def flags(cluster: Cluster) -> list[str]:
-    """What makes Beam use all of a cluster."""
-    return cluster.flags
 
 
 def command(program: Path, port: int) -> list[str]:

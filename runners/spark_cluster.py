@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.runners import flink_cluster, java
+from pipelines.runners import clusters, java
 from pipelines.runners.clusters import Cluster, Member, Plan
 
 if TYPE_CHECKING:
@@ -67,37 +67,13 @@ def plan(folder: Path, port: Callable[[str], int], tell: Callable[[str], None], 
         "-Dspark.locality.wait=0",
         f"-Dspark.default.parallelism={CORES}",
     )
+    spark = (*run, "-Xmx128m", f"-Dorg.slf4j.simpleLogger.log.{_DEPLOY}=info", *classes)
+    leading = _flags(host=_HOST, port=port("master"), webui_port=port("master web"))
+    working = _flags(host=_HOST, port=port("worker"), webui_port=port("worker web"), cores=CORES, memory="1g")
+    leader, worker = (*spark, f"{_DEPLOY}.master.Master", *leading), (*spark, f"{_DEPLOY}.worker.Worker", *working)
     members = [
-        Member(
-            "master",
-            (
-                *run,
-                "-Xmx128m",
-                f"-Dorg.slf4j.simpleLogger.log.{_DEPLOY}=info",
-                *classes,
-                f"{_DEPLOY}.master.Master",
-                *_flags(host=_HOST, port=port("master"), webui_port=port("master web")),
-            ),
-            env,
-            port("master"),
-            "I have been elected leader",
-        ),
-        Member(
-            "worker",
-            (
-                *run,
-                "-Xmx128m",
-                f"-Dorg.slf4j.simpleLogger.log.{_DEPLOY}=info",
-                *classes,
-                f"{_DEPLOY}.worker.Worker",
-                *_flags(host=_HOST, port=port("worker"), webui_port=port("worker web"), cores=CORES, memory="1g"),
-                master,
-            ),
-            env,
-            port("worker"),
-            "Successfully registered with master",
-            waits=True,
-        ),
+        Member("master", leader, env, port("master"), "I have been elected leader"),
+        Member("worker", (*worker, master), env, port("worker"), "Successfully registered with master", waits=True),
         Member(
             "job server",
             (
@@ -107,17 +83,14 @@ def plan(folder: Path, port: Callable[[str], int], tell: Callable[[str], None], 
                 *classes,
                 MAIN,
                 f"--spark-master-url={master}",
-                f"--job-host={_HOST}",
-                f"--job-port={port('job server')}",
-                f"--artifact-port={port('artifacts')}",
-                "--expansion-port=0",
+                *java.listening(port("job server"), port("artifacts")),
                 f"--artifacts-dir={folder}/artifacts",
             ),
             env,
             port("job server"),
             java.STARTED.pattern,
         ),
-        flink_cluster.workers(port("worker pool")),
+        clusters.workers(port("worker pool")),
     ]
     facts = {"master": master, "web": f"http://{_HOST}:{port('master web')}", "job_server": jobs.told(jar)}
     return Plan(members, f"{_HOST}:{port('job server')}", f"{_HOST}:{port('worker pool')}", facts)

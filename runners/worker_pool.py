@@ -27,7 +27,7 @@ from typing import NoReturn
 
 import grpc
 from apache_beam.internal import pickler
-from apache_beam.options.pipeline_options import DebugOptions, PipelineOptions, SetupOptions
+from apache_beam.options.pipeline_options import PipelineOptions, SetupOptions
 from apache_beam.portability.api import (
     beam_fn_api_pb2,
     beam_fn_api_pb2_grpc,
@@ -40,7 +40,7 @@ from apache_beam.runners.worker.worker_id_interceptor import WorkerIdInterceptor
 from apache_beam.utils import thread_pool_executor
 from apache_beam.utils.sentinel import Sentinel
 
-from pipelines.runners.workers import Worker
+from pipelines.runners.workers import Worker, limits
 
 GRACE = 10.0
 """Seconds that a worker has to end what it does, once the engine needs it no more."""
@@ -198,14 +198,7 @@ def _work(asked: Asked, end: int) -> None:
     """A worker, until its engine hangs up or says that it is needed no more."""
     options, capabilities = _provided(asked)
     pickler.set_library(options.view_as(SetupOptions).pickle_library)
-    experiments = options.view_as(DebugOptions).experiments or []
-    worker = Worker(
-        asked.control,
-        worker_id=asked.worker,
-        state_cache_size=sdk_worker_main._get_state_cache_size_bytes(options),
-        data_buffer_time_limit_ms=sdk_worker_main._get_data_buffer_time_limit_ms(experiments),
-        runner_capabilities=capabilities,
-    )
+    worker = Worker(asked.control, worker_id=asked.worker, runner_capabilities=capabilities, **limits(options))
     _held(end, lambda: worker._responses.put(Sentinel.sentinel))
     worker.run()
 

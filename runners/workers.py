@@ -21,11 +21,7 @@ from apache_beam.utils.sentinel import Sentinel
 @contextlib.contextmanager
 def serving(options: PipelineOptions) -> Iterator[str]:
     """Starts workers for all jobs of the block; yields the address to ask at."""
-    experiments = options.view_as(DebugOptions).experiments or []
-    pool = _Pool(
-        state_cache_size=sdk_worker_main._get_state_cache_size_bytes(options),
-        data_buffer_time_limit_ms=sdk_worker_main._get_data_buffer_time_limit_ms(experiments),
-    )
+    pool = _Pool(**limits(options))
     server = grpc.server(thread_pool_executor.shared_unbounded_instance())
     beam_fn_api_pb2_grpc.add_BeamFnExternalWorkerPoolServicer_to_server(pool, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -34,6 +30,16 @@ def serving(options: PipelineOptions) -> Iterator[str]:
         yield f"127.0.0.1:{port}"
     finally:
         server.stop(1).wait()
+
+
+def limits(options: PipelineOptions) -> dict[str, int]:
+    """How much of its state a worker keeps, and how long the rows that it gives."""
+    return {
+        "state_cache_size": sdk_worker_main._get_state_cache_size_bytes(options),
+        "data_buffer_time_limit_ms": sdk_worker_main._get_data_buffer_time_limit_ms(
+            options.view_as(DebugOptions).experiments or []
+        ),
+    }
 
 
 class _Pool(BeamFnExternalWorkerPoolServicer):  # type: ignore[misc]

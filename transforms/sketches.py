@@ -19,9 +19,6 @@ from pipelines.transforms.states import FLOATS, INTEGERS, WIDE, Sql, State
 LIMIT = 64
 """How many values are kept as they are; one more makes the sketch."""
 
-PENDING = 2 * LIMIT
-"""How long a group's lists may grow before they are collapsed: collapsing waits for enough to do."""
-
 NUMBER = "_row"
 """Column with the number of a row, from 0, in whatever a query makes sketches of."""
 

@@ -13,11 +13,14 @@ import pytest
 
 from pipelines import Count, Filter, Pipeline, Source, Tumbling, View, job, resume, running
 from pipelines.io.log import open_log
-from pipelines.io.store import LIVE, open_store
+from pipelines.io.store import LIVE, StoreConflict, open_store
 from pipelines.job import Job
 from pipelines.jobs import jobs
 from pipelines.layer import Layer, layer
+from pipelines.live import SpeedLayer
 from pipelines.options import Deployment
+from pipelines.run import dry_run
+from pipelines.runners import direct, preflight
 from pipelines.transforms.errors import UserError
 
 
@@ -145,6 +148,55 @@ def test_two_modes_do_not_share_a_state(deployment: Deployment) -> None:
     assert turns.last() is None
 
 
+def test_turns_refuse_the_state_of_a_stream_and_begin_anew_when_told(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint(streamed := start(deployment, pipeline(view="hours")))
+    live_rows(deployment, pipeline(view="hours"), upsert=True)
+    turned = dataclasses.replace(deployment, mode="micro-batch", runner="DirectRunner")
+    with pytest.raises(UserError, match="its state is of --mode=stream on FlinkRunner; go on with that, name another"):
+        SpeedLayer(pipeline(), turned, direct)
+    again = dataclasses.replace(turned, rebuild=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "engine", lambda *_: Engine())
+        with pytest.raises(UserError, match="sales: already runs as job j1; see"):
+            SpeedLayer(pipeline(), again, direct)
+    SpeedLayer(pipeline(), again, direct).close()
+    assert live_rows(deployment, pipeline()) == 0
+    with pytest.raises(StoreConflict):
+        live_rows(deployment, pipeline(view="hours"))
+    assert not Path(streamed.job.kept(streamed.place)).exists()
+    SpeedLayer(pipeline(), turned, direct).close()  # the state is of turns now
+
+
+def test_a_stream_of_an_engine_that_keeps_nothing_has_no_twin_and_begins_anew(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = resume.start(made(deployment), deployment, 5, kept=False)
+    job.write(begun.place, dataclasses.replace(begun.job, runner="DataflowRunner", id="j1", at={"region": "r"}))
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "engine", lambda *_: Engine())
+        with pytest.raises(UserError, match="sales: already runs as job j1; see"):
+            resume.start(made(deployment), deployment, 6, kept=False)
+    monkeypatch.setattr(running, "engine", lambda *_: None)
+    checkpoint(begun)  # of whom it may be
+    live_rows(deployment, pipeline(), upsert=True)
+    again = resume.start(made(deployment), deployment, 1, kept=False)
+    assert (again.since, again.job.epoch) == (None, 6)
+    assert live_rows(deployment, pipeline()) == 0
+
+
+def test_a_dry_run_of_a_stream_holds_its_graph_against_what_is_known(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dry_run(pipeline(), deployment)
+    refused = preflight.Known("FlinkRunner", "an unbounded source", "refuse", "it is a test", 1)
+    monkeypatch.setattr(preflight, "KNOWN", (refused,))
+    with pytest.raises(UserError, match=r"preflight: FlinkRunner: an unbounded source \(.*: it is a test"):
+        dry_run(pipeline(), deployment)
+    assert not Path(deployment.state).exists() and not Path(deployment.store or "").exists()
+
+
 class Engine:
     """A job that lives until it is stopped."""
 
@@ -217,5 +269,5 @@ def test_a_job_that_still_runs_is_not_started_twice(deployment: Deployment, monk
 
     start(deployment)
     monkeypatch.setattr(Job, "found", lambda _: (Rest(), "j1"))
-    with pytest.raises(UserError, match="sales: already runs as job j1 at http://flink"):
+    with pytest.raises(UserError, match="sales: already runs as job j1; see `pipelines jobs show sales`"):
         start(deployment)

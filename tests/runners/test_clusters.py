@@ -157,6 +157,23 @@ def test_a_cluster_of_another_folder_is_not_used(tiny: Tiny, tmp_path: Path, mon
     assert not set(pids(before).values()) & set(pids(clusters.up("tiny")).values())
 
 
+def test_a_cluster_whose_workers_have_not_the_runs_key_is_not_used(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.extra = (clusters.POOL,)
+    monkeypatch.setenv("PIPELINES_KEY", "00" * 32)
+    clusters.up("tiny")
+    assert clusters.found("tiny") is not None
+    monkeypatch.setenv("PIPELINES_KEY", "11" * 32)
+    with pytest.raises(UserError, match="its workers have another PIPELINES_KEY: `pipelines cluster down tiny`"):
+        clusters.found("tiny")
+    monkeypatch.delenv("PIPELINES_KEY")
+    assert clusters.found("tiny") is not None
+    clusters.down("tiny")
+    clusters.up("tiny")
+    monkeypatch.setenv("PIPELINES_KEY", "11" * 32)
+    with pytest.raises(UserError, match="its workers have no PIPELINES_KEY"):
+        clusters.found("tiny")
+
+
 def test_what_does_not_start_is_told_with_its_log_and_can_be_stopped(tiny: Tiny) -> None:
     tiny.server = SERVER.replace("time.sleep", "sys.exit('no memory'); time.sleep")
     with pytest.raises(UserError, match=r"does not start: no memory .*first\.log"):
