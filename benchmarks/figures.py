@@ -61,6 +61,11 @@ class LiveRun(Measured):
     load: float
 
     @property
+    def steady(self) -> bool:
+        """Whether it kept up, at most two seconds of rows behind, and nothing was lost."""
+        return self.counted == self.sent and self.drained is not None and self.backlog <= 2 * self.rate
+
+    @property
     def held(self) -> bool:
         """Whether it kept up, with a window's answer within two seconds, and nothing was lost."""
         return self.counted == self.sent and self.drained is not None and self.p99 is not None and self.p99 <= 2
