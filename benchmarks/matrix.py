@@ -21,7 +21,7 @@ import psutil
 from benchmarks import live, page
 from benchmarks.data import ROOT
 from benchmarks.live import MEASURE, Case, Follower
-from pipelines.runners import clusters
+from pipelines.runners import clusters, preflight
 
 PAGE, FIGURES, CHART = Path("docs/engines.md"), Path("docs/engines.json"), Path("docs/engines.svg")
 FOLDER = ROOT / "matrix"
@@ -42,13 +42,14 @@ class Engine:
     flags: tuple[str, ...] = ()
 
 
+TURNS = ("batch", "micro-batch", "stream")
 ENGINES = (
-    Engine("DirectRunner", "DirectRunner", ("batch", "micro-batch")),
+    Engine("DirectRunner", "DirectRunner", TURNS),
     Engine("Prism", "PrismRunner", ("batch", "stream"), "prism"),
     Engine("Flink, in the job server", "FlinkRunner", ("batch", "stream"), flags=("--flink_master=[local]",)),
     Engine("Flink, cluster", "FlinkRunner", ("batch", "stream"), "flink"),
-    Engine("Spark, in the job server", "SparkRunner", ("batch", "micro-batch"), flags=("--spark_master_url=local[*]",)),
-    Engine("Spark, cluster", "SparkRunner", ("batch", "micro-batch"), "spark"),
+    Engine("Spark, in the job server", "SparkRunner", TURNS, flags=("--spark_master_url=local[*]",)),
+    Engine("Spark, cluster", "SparkRunner", TURNS, "spark"),
 )
 
 
@@ -78,7 +79,6 @@ class Spent(threading.Thread):
         found = clusters.found(engine) if engine else None
         self.roots = [process for one in (found.members if found else ()) if (process := one.process())]
         self.before = self._seconds()
-        self.last: dict[int, float] = {}
         self.peak, self._ended = 0.0, threading.Event()
         self.start()
 
@@ -122,6 +122,9 @@ def _seconds(process: psutil.Process) -> float:
 def cell(engine: Engine, mode: str) -> Cell:
     """Runs it all and answers what came out."""
     done = Cell(engine.name, mode)
+    if mode == "stream" and (why := preflight.degraded(engine.runner)):
+        done.said = f"takes turns: {why}"
+        return done
     try:
         if engine.cluster and clusters.found(engine.cluster) is None:
             done.said = f"no cluster is up: pipelines cluster up {engine.cluster}"
