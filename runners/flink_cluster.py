@@ -129,7 +129,6 @@ def _settings(folder: Path, port: Callable[[str], int]) -> dict[str, str | float
     return {
         "jobmanager.rpc.address": _HOST,
         "jobmanager.bind-host": _HOST,
-        "jobmanager.rpc.port": port("jobmanager"),
         "rest.address": _HOST,
         "rest.bind-address": _HOST,
         "rest.port": port("rest"),
@@ -137,8 +136,8 @@ def _settings(folder: Path, port: Callable[[str], int]) -> dict[str, str | float
         "web.submit.enable": False,
         "taskmanager.host": _HOST,
         "taskmanager.bind-host": _HOST,
-        "taskmanager.rpc.port": port("taskmanager"),
-        "taskmanager.data.port": port("data"),
+        "taskmanager.rpc.port": 0,  # a new one each time: at a known one a peer may take it for who died, for ever
+        "taskmanager.data.port": port("taskmanager"),
         "taskmanager.numberOfTaskSlots": SLOTS,
         "taskmanager.cpu.cores": float(PARALLELISM),
         "taskmanager.resource-id": "taskmanager",  # one that comes back takes the place of the dead one at once
@@ -148,7 +147,7 @@ def _settings(folder: Path, port: Callable[[str], int]) -> dict[str, str | float
         "high-availability.zookeeper.quorum": f"{_HOST}:{port('zookeeper')}",
         "high-availability.storageDir": f"file://{folder}/ha",
         "high-availability.cluster-id": "/local",
-        "high-availability.jobmanager.port": port("jobmanager"),
+        "high-availability.jobmanager.port": 0,  # as ZooKeeper tells
         "high-availability.zookeeper.client.session-timeout": 6000,  # a dead JobManager leads as long as that
         "high-availability.zookeeper.client.tolerate-suspended-connections": True,
         "zookeeper.sasl.disable": True,
