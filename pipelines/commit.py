@@ -1,7 +1,6 @@
 """The end of a bounded run: the conservation law, then every table and the store's pointers made new."""
 
 import dataclasses
-import datetime
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +13,7 @@ import pyarrow.compute as pc
 from pipelines.io.store import Pointer, open_store
 from pipelines.io.table import STAGED, Replace, Table
 from pipelines.options import Deployment
+from pipelines.report import counted, iso
 from pipelines.scope import hour_end
 from pipelines.transforms.aggregate import ANSWERS
 from pipelines.transforms.conservation import SPAN, Conservation, merge
@@ -152,29 +152,16 @@ class Commit(beam.DoFn):  # type: ignore[misc]
     def _tell(self, counts: Conservation, spans: pa.Table, views: dict[str, _Answered]) -> None:
         boundaries = [view.boundary for view in views.values() if view.boundary is not None]
         facts: dict[str, Any] = {
-            "rows": dict(counts.rows),
-            "rejected": dict(counts.reasons),
-            "dropped": {part: dict(reasons) for part, reasons in counts.dropped.items()},
-            "unmatched": {
-                name: {reason: n for reason, n in of.items() if n}
-                for name, of in counts.unmatched.items()
-                if any(of.values())
-            },
+            **counted(counts),
             "views": {
-                name: {"rows": view.rows, "digest": f"{view.digest:016x}", "complete_through": _iso(view.boundary)}
+                name: {"rows": view.rows, "digest": f"{view.digest:016x}", "complete_through": iso(view.boundary)}
                 for name, view in views.items()
             },
-            "boundary": _iso(min(boundaries, default=None)),
-            "first": _iso(pc.min(spans["first"]).as_py()),
-            "last": _iso(pc.max(spans["last"]).as_py()),
+            "boundary": iso(min(boundaries, default=None)),
+            "first": iso(pc.min(spans["first"]).as_py()),
+            "last": iso(pc.max(spans["last"]).as_py()),
             "skipped": list(self.limits.skipped),
             "since": self.limits.told,
         }
         with fsspec.open(self.deployment.facts, "wt", encoding="utf-8") as file:
             json.dump(facts, file)
-
-
-def _iso(micros: int | None) -> str | None:
-    if micros is None:
-        return None
-    return (datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC) + datetime.timedelta(microseconds=micros)).isoformat()

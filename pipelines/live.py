@@ -25,6 +25,7 @@ from pipelines.io.turns import Turn, Turns
 from pipelines.job import Job
 from pipelines.layer import fingerprint, layer
 from pipelines.options import Deployment, masked
+from pipelines.report import counted, iso
 from pipelines.runners import Engine
 from pipelines.runners.microbatch import stopped_by_signals, turns
 from pipelines.transforms.conservation import TALLY, Conservation
@@ -204,7 +205,7 @@ class SpeedLayer:
         """What a run's report is made of, as ``pipelines.report.Facts``."""
         status = self.status()
         counts = status.counts if status else Conservation.of(TALLY.empty_table())
-        through = None if status is None else _iso(status.watermark)
+        through = None if status is None else iso(status.watermark)
         span = self.last.facts["span"] if self.last else {}
         views = {}
         for view in self.layer.views:
@@ -215,14 +216,11 @@ class SpeedLayer:
                 "complete_through": through,
             }
         return {
-            "rows": dict(counts.rows),
-            "rejected": dict(counts.reasons),
-            "dropped": _some(counts.dropped),
-            "unmatched": _some(counts.unmatched),
+            **counted(counts),
             "views": views,
             "boundary": through,
-            "first": _iso(span.get("first")),
-            "last": _iso(span.get("last")),
+            "first": iso(span.get("first")),
+            "last": iso(span.get("last")),
             "skipped": [],
             "positions": {name: position.offset for name, position in self.positions.items()},
             "lag": status.lag if status else 0,
@@ -294,18 +292,6 @@ def _spans(positions: dict[str, Position], bounds: dict[str, Bounds]) -> tuple[S
 def _token(number: int, last: Turn | None, spans: tuple[Span, ...], *others: object) -> str:
     made = repr((number, last and last.facts["token"], spans, others))
     return hashlib.blake2b(made.encode(), digest_size=6).hexdigest()
-
-
-def _some(counts: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
-    """Without zeros."""
-    told = {name: {why: n for why, n in of.items() if n} for name, of in counts.items()}
-    return {name: of for name, of in told.items() if of}
-
-
-def _iso(micros: int | None) -> str | None:
-    if micros is None or micros == NEVER:
-        return None
-    return (datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC) + datetime.timedelta(microseconds=micros)).isoformat()
 
 
 def ready(pipeline: Pipeline, deployment: Deployment) -> None:

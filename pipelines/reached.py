@@ -6,14 +6,12 @@ some offsets, all that was read before them has been through the graph: what is 
 """
 
 import dataclasses
-import datetime
 from typing import Any
 
 import pyarrow as pa
 
+from pipelines.report import iso
 from pipelines.transforms.lateness import NEVER
-
-_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +48,7 @@ class Reached:
     @property
     def complete_through(self) -> str | None:
         """``through``, in ISO 8601: every window that ends by then has had its answer."""
-        if self.through is None:
-            return None
-        return (_EPOCH + datetime.timedelta(microseconds=self.through)).isoformat()
+        return iso(self.through)
 
     @property
     def settled(self) -> bool:

@@ -7,13 +7,14 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from pipelines.definition import Pipeline
 from pipelines.options import Deployment, masked
 from pipelines.transforms.conservation import Conservation
+from pipelines.transforms.lateness import NEVER
 from pipelines.transforms.measures import Count
 from pipelines.transforms.steps import Check
 
@@ -52,6 +53,32 @@ class Facts(TypedDict):
     state: NotRequired[int]
     watermark_age: NotRequired[float | None]
     incomplete: NotRequired[str]
+
+
+def counted(counts: Conservation) -> dict[str, Any]:
+    """What was counted, as Facts have it: without what never came."""
+    return {
+        "rows": dict(counts.rows),
+        "rejected": dict(counts.reasons),
+        "dropped": _some(counts.dropped),
+        "unmatched": _some(counts.unmatched),
+    }
+
+
+def _some(counts: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+    told = {name: {reason: n for reason, n in of.items() if n} for name, of in counts.items()}
+    return {name: of for name, of in told.items() if of}
+
+
+def iso(micros: int | None) -> str | None:
+    """A time in µs since 1970 as Facts have it.
+
+    >>> iso(1_357_000_000_000_000)
+    '2013-01-01T00:26:40+00:00'
+    """
+    if micros is None or micros == NEVER:
+        return None
+    return (datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC) + datetime.timedelta(microseconds=micros)).isoformat()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,10 +57,10 @@ def _live(pipeline: "Pipeline", deployment: Deployment, engine: runners.Engine, 
     from pipelines import archive, live, report, watch
 
     if deployment.mode == "stream" and engine.UNBOUNDED:
-        from pipelines import stream
+        from pipelines import streaming
 
         with told(), archive.along(pipeline, deployment):
-            return cast("report.Facts", stream.run(pipeline, deployment, engine, flags))
+            return cast("report.Facts", streaming.run(pipeline, deployment, engine, flags))
     if deployment.mode == "stream":
         said = "here a stream runs as micro-batch, one bounded graph a turn"
         why = preflight.degraded(deployment.runner)
@@ -120,9 +120,9 @@ def dry_run(pipeline: "Pipeline", deployment: Deployment) -> None:
 
         live.ready(pipeline, deployment)
         if deployment.mode == "stream" and engine.UNBOUNDED:
-            from pipelines import stream
+            from pipelines import stream, streaming
 
-            streamed = stream.compiled(pipeline, deployment, engine)
+            streamed = streaming.compiled(pipeline, deployment, engine)
             preflight.rehearse(deployment.runner, lambda root: stream.build(root, streamed))
 
 

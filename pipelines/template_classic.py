@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import click
 
-from pipelines import remote, runners, stream, template_graph, template_parameters
+from pipelines import remote, runners, streaming, template_graph, template_parameters
 from pipelines.definition import Pipeline
 from pipelines.options import Deployment
 from pipelines.template_parameters import Parameter
@@ -20,7 +20,7 @@ def stage(
     if deployment.mode == "stream":
         remote.check(deployment)
         with contextlib.suppress(runners.Detached):
-            stream.run(pipeline, deployment, engine, flags)
+            streaming.run(pipeline, deployment, engine, flags)
         return []
     reached = template_graph.reached(deployment)
     known = template_parameters.classic(template_graph.defaults(pipeline, reached), params)

@@ -18,7 +18,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-from pipelines import drift, stream
+from pipelines import drift, streaming
 from pipelines import job as jobs
 from pipelines.runners import Resumable
 from pipelines.transforms import progress
@@ -84,7 +84,7 @@ class Streamed(Trial):
         self.jobs += 1
         kill = self._kill if point == "killed while it reads" else None
         with _ended(lambda ended: self._feed(others, point, ended), kill):
-            stream.run(self.pipeline, self.deployment, self.engine, self.flags, self._clock)
+            streaming.run(self.pipeline, self.deployment, self.engine, self.flags, self._clock)
 
     def _feed(self, parts: list[dict[str, pa.Table]], point: Point, ended: threading.Event) -> None:
         self._until(ended, lambda: bool(self.counts.rows["read"]))

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.runners import clusters, java
-from pipelines.runners.clusters import Cluster, Member, Plan
+from pipelines.runners import java
+from pipelines.runners.clusters import Cluster, Plan
+from pipelines.runners.members import Member, scratch, workers
 
 if TYPE_CHECKING:
     from apache_beam.runners.portability.flink_runner import FlinkJarJobServer
@@ -75,7 +76,7 @@ def plan(folder: Path, port: Callable[[str], int], tell: Callable[[str], None], 
     submitting = (f"--flink-master={rest}", *ports, f"--artifacts-dir={folder}/artifacts")
 
     def member(name: str, of: str, memory: Sequence[str], *program: str, ready: str | None = None) -> Member:
-        own = f"-Djava.io.tmpdir={clusters.scratch(folder, name)}"
+        own = f"-Djava.io.tmpdir={scratch(folder, name)}"
         return Member(name, (*run, *memory, own, *program), port=port(of), ready=ready)
 
     quorum = f"{_RUNTIME}.zookeeper.FlinkZooKeeperQuorumPeer"
@@ -87,7 +88,7 @@ def plan(folder: Path, port: Callable[[str], int], tell: Callable[[str], None], 
         member("jobmanager", "rest", _MANAGER, manager, f"--configDir={conf}", ready="granted leadership"),
         member("taskmanager", "taskmanager", _TASKS, runner, f"--configDir={conf}", ready=registered),
         member("job server", "job server", _SERVER, MAIN, *submitting, ready=java.STARTED.pattern),
-        clusters.workers(port("worker pool")),
+        workers(port("worker pool")),
     ]
     facts = {
         "rest": f"http://{rest}",

@@ -9,7 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from pipelines.runners import clusters
-from pipelines.runners.clusters import Member, Plan
+from pipelines.runners.clusters import Plan
+from pipelines.runners.members import Member, workers
 from pipelines.transforms.errors import UserError
 
 STARTED = re.compile(r'msg="Serving JobManagement" endpoint=\S+:(\d+)')
@@ -24,7 +25,7 @@ def plan(folder: Path, port: Callable[[str], int], tell: Callable[[str], None], 
     tell(f"with {program}")
     members = [
         Member("prism", command(program, port("prism")), {}, port("prism"), STARTED.pattern),
-        clusters.workers(port("worker pool")),
+        workers(port("worker pool")),
     ]
     return Plan(members, f"{_HOST}:{port('prism')}", f"{_HOST}:{port('worker pool')}")
 

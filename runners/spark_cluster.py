@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.runners import clusters, java
-from pipelines.runners.clusters import Cluster, Member, Plan
+from pipelines.runners import java
+from pipelines.runners.clusters import Cluster, Plan
+from pipelines.runners.members import Member, workers
 
 if TYPE_CHECKING:
     from apache_beam.runners.portability.spark_runner import SparkJarJobServer
@@ -90,7 +91,7 @@ def plan(folder: Path, port: Callable[[str], int], tell: Callable[[str], None], 
             port("job server"),
             java.STARTED.pattern,
         ),
-        clusters.workers(port("worker pool")),
+        workers(port("worker pool")),
     ]
     facts = {"master": master, "web": f"http://{_HOST}:{port('master web')}", "job_server": jobs.told(jar)}
     return Plan(members, f"{_HOST}:{port('job server')}", f"{_HOST}:{port('worker pool')}", facts)

@@ -33,7 +33,7 @@ from pipelines.io.store import LIVE, open_store
 from pipelines.io.table import open_table
 from pipelines.options import Deployment
 from pipelines.runners import flink
-from pipelines.stream import run
+from pipelines.streaming import run
 from pipelines.transforms.deadletters import DEAD_LETTERS
 
 NOON = datetime.datetime(2024, 5, 1, 12, tzinfo=datetime.UTC)

@@ -18,7 +18,7 @@ from pipelines.io.log import open_log
 from pipelines.io.store import LIVE, open_store
 from pipelines.options import Deployment
 from pipelines.runners import flink
-from pipelines.stream import run
+from pipelines.streaming import run
 
 SECOND = 1_000_000
 NOON = int(datetime.datetime(2024, 5, 1, 12, tzinfo=datetime.UTC).timestamp()) * SECOND

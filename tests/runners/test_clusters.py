@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from pipelines.runners import clusters
-from pipelines.runners.clusters import Member, Plan
+from pipelines.runners import clusters, members
+from pipelines.runners.clusters import Plan
+from pipelines.runners.members import Member
 from pipelines.transforms.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -111,7 +112,7 @@ def test_a_process_that_got_a_members_id_is_none_of_ours(tiny: Tiny, tmp_path: P
     changed["members"][1]["created"] = 1.0
     file.write_text(json.dumps(changed))
     assert clusters.found("tiny") is None
-    clusters._end([clusters._read("tiny").members[1]])  # type: ignore[union-attr]
+    members.end([clusters._read("tiny").members[1]])  # type: ignore[union-attr]
     os.kill(ours, 0)
     with pytest.raises(UserError, match=rf"port {cluster.ports['second']}, of second, belongs to process {ours} \(py"):
         clusters.up("tiny")
@@ -119,7 +120,7 @@ def test_a_process_that_got_a_members_id_is_none_of_ours(tiny: Tiny, tmp_path: P
 
 
 def test_a_member_that_dies_while_it_is_looked_at_is_replaced(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, ready = clusters.up("tiny"), clusters._ready
+    before, ready = clusters.up("tiny"), members._ready
     (second,) = (psutil.Process(pid) for name, pid in pids(before).items() if name == "second")
 
     def look(member: Member, process: psutil.Process, log: Path) -> bool:
@@ -129,7 +130,7 @@ def test_a_member_that_dies_while_it_is_looked_at_is_replaced(tiny: Tiny, monkey
             return False
         return ready(member, process, log)
 
-    monkeypatch.setattr(clusters, "_ready", look)
+    monkeypatch.setattr(members, "_ready", look)
     after = clusters.up("tiny")
     assert pids(after)["first"] == pids(before)["first"]
     assert pids(after)["second"] != second.pid and clusters.found("tiny") == after
@@ -140,11 +141,11 @@ def test_a_dead_members_port_is_waited_for(tiny: Tiny, monkeypatch: pytest.Monke
 
     def taken(port: int) -> str:
         asked.append(port)
-        return clusters._SOMEBODY if asked.count(port) < 3 else ""
+        return members._SOMEBODY if asked.count(port) < 3 else ""
 
     os.kill(pids(before)["second"], signal.SIGKILL)
     psutil.wait_procs([psutil.Process(pids(before)["second"])], 10)
-    monkeypatch.setattr(clusters, "_taken", taken)
+    monkeypatch.setattr(members, "_taken", taken)
     assert clusters.up("tiny").ports == before.ports
     assert asked == [before.ports["second"]] * 3
 
@@ -158,7 +159,7 @@ def test_a_cluster_of_another_folder_is_not_used(tiny: Tiny, tmp_path: Path, mon
 
 
 def test_a_cluster_whose_workers_have_not_the_runs_key_is_not_used(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny.extra = (clusters.POOL,)
+    tiny.extra = (members.POOL,)
     monkeypatch.setenv("PIPELINES_KEY", "00" * 32)
     clusters.up("tiny")
     assert clusters.found("tiny") is not None
