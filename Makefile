@@ -27,8 +27,7 @@ test: install  ## run the tests  (ARGS="tests/io -k delta" for some of them)
 	$(BIN)/python -m pytest $(ARGS)
 
 test-engines: install  ## run the tests on real engines: Flink, Spark, Prism and Dataflow's staging; needs Java, Maven, Go
-	@$(BIN)/uv pip install -q --python $(BIN)/python --compile-bytecode -c constraints.txt -e '.[dev,spark]'
-	$(BIN)/python -m pytest -m engine tests/engines $(ARGS)
+	$(BIN)/python -m pytest -m engine -o timeout=900 tests/engines $(ARGS)
 
 check: install types  ## ruff, mypy strict, and the import rules
 	$(BIN)/ruff check .
