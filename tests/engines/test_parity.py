@@ -67,11 +67,3 @@ def test_the_examples_with_cut_overs_on_flink(server: list[str], name: str) -> N
         of, samples.history(of, 11, 3_000), "FlinkRunner", flags=server, seed=11, turns=8, restarts=1
     )
     assert report.different == 0, report.text()
-
-
-@pytest.mark.skipif(not any(map(shutil.which, ("prism", "go", "/usr/local/go/bin/go"))), reason="no prism, and no go")
-@pytest.mark.xfail(strict=False, reason="Prism 2.77 fires event-time timers before rows that they wait for")
-def test_an_example_on_prism() -> None:
-    of = definition.load("sensors")
-    report = parity.parity(of, samples.history(of, 12, 2_000), "PrismRunner", seed=12, turns=6, restarts=0)
-    assert report.different == 0, report.text()
