@@ -46,6 +46,8 @@ _HELD = (
     "the watermark passes by rows that wait for the trigger, so a timer may drop the state that they need before them"
 )
 
+_CLEARED = "a timer fires although another one of its bundle has cleared it or set it anew"
+
 KNOWN = (
     Known("DirectRunner", "an unbounded source", "degrade", "FnApiRunner gives nothing before a source ends", 21987),
     Known("DirectRunner", "TestStream", "refuse", "FnApiRunner has no such transform", 21988),
@@ -68,7 +70,7 @@ KNOWN = (
         "DirectRunner",
         "several timers",
         "warn",
-        "a timer fires although another one of its bundle has cleared it or set it anew",
+        _CLEARED,
         15123,
     ),
     Known(
@@ -94,7 +96,7 @@ KNOWN = (
         "PrismRunner",
         "several timers",
         "warn",
-        "a timer fires although another one of its bundle has cleared it or set it anew",
+        _CLEARED,
         15123,
     ),
     Known("FlinkRunner", "TestStream", "refuse", "Flink cannot decode elements of Python's coders in it", 19934),
