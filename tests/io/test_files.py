@@ -166,6 +166,7 @@ def test_files_of_a_store_are_read_through_fsspec(form: str, tmp_path: Path) -> 
         plan(f"memory://bucket/{form}/*.none", READING)
 
 
+@pytest.mark.slow
 def test_planning_does_not_import_beam() -> None:
     code = "import sys, pipelines.io.files, pipelines.transforms.decoder; sys.exit('apache_beam' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -570,6 +571,7 @@ def test_the_built_in_data_is_read() -> None:
     assert rows == 336_776
 
 
+@pytest.mark.slow
 def test_the_beam_part_gives_tables_and_their_tally_with_their_coder(tmp_path: Path) -> None:
     write_parquet(tmp_path / "x.parquet")
     found = plan(f"{tmp_path}/x.parquet", READING, split_bytes=1500)

@@ -39,6 +39,7 @@ def rows(source: str, first: int, *values: int) -> pa.Table:
     return pa.table({"v": list(values), "_source": [source] * len(values), "_offset": list(positions)})
 
 
+@pytest.mark.slow
 def test_a_pipeline_stages_every_row_in_one_file_a_bundle(table: Table) -> None:
     def check(staged: list[pa.Table]) -> None:
         assert all(one.schema == STAGED for one in staged)

@@ -97,6 +97,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Deployment]:
 RUN = ("run", "--pipeline=defs.py:readings", "--history=rows.csv")
 
 
+@pytest.mark.slow
 def test_help_and_mistakes_answer_without_beam() -> None:
     script = """
 import sys
@@ -113,6 +114,7 @@ except SystemExit as ended:
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_definition_is_checked_without_beam(tmp_path: Path) -> None:
     (tmp_path / "defs.py").write_text(DEFINITION)
     script = """

@@ -146,9 +146,8 @@ def check(path: Path, pipeline: Pipeline, facts: dict[str, Any], rows: list[dict
     assert len(dead) == counts["rejected"]
 
 
-@pytest.mark.parametrize(
-    "view", ["minutes", *(pytest.param(view, marks=pytest.mark.slow) for view in ("sliding", "visits"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("view", ["minutes", "sliding", "visits"])
 def test_a_stream_gives_what_the_definition_gives(view: str, tmp_path: Path) -> None:
     """One view at a time: FnApiRunner forgets the timers of all but one. DirectRunner runs no unbounded graph."""
     rows, pipeline = sales(100), views(view)

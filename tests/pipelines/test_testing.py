@@ -308,6 +308,7 @@ def test_a_row_without_items_explodes_to_nothing_and_is_kept() -> None:
     assert result.counts["kept"] == 4
 
 
+@pytest.mark.slow
 def test_beam_is_not_imported() -> None:
     code = (
         "import sys; from pipelines.examples import orders; orders.test_a_return_lowers_revenue();"

@@ -580,6 +580,7 @@ def test_avro_text_that_is_not_utf8_and_times_past_pythons_cost_their_row_only()
     assert decoded.dead["reason"].to_pylist() == ["invalid str in s", "time out of range in at"]
 
 
+@pytest.mark.slow
 def test_the_beam_part_gives_rows_dead_letters_and_tallies_with_their_coder() -> None:
     decoder = Decoder(row(int), "p", form=Csv(("x",)))
     with beam.Pipeline("FnApiRunner") as pipeline:
