@@ -124,6 +124,7 @@ FULL = (
     Case("live", "arrow", 600_000, (MICRO,)),
     Case("live_identity", "json", 50_000, (MICRO,)),
     Case("live_identity", "json", 100_000, (MICRO, FLINK, PRISM)),
+    Case("live", "arrow", 5_000, (BEAM_FLINK,)),
     Case("live", "arrow", 12_500, (BEAM, BEAM_FLINK, BYTEWAX)),
     Case("live", "arrow", 25_000, (BEAM, BEAM_FLINK, BYTEWAX)),
     Case("live", "arrow", 50_000, (BYTEWAX,)),

@@ -132,7 +132,7 @@ class Tracker(OffsetRestrictionTracker):  # type: ignore[misc]
     """Claims the offset of a message's first row. It is only cut where it is: the end is none that there will be."""
 
     def try_split(self, fraction_of_remainder: float) -> tuple[OffsetRange, OffsetRange] | None:
-        return None if fraction_of_remainder else super().try_split(0)  # type: ignore[no-any-return]
+        return None if fraction_of_remainder else super().try_split(0)
 
     def is_bounded(self) -> bool:
         return False
