@@ -84,9 +84,9 @@ def ours(place: Place, mode: str, *flags: str) -> list[str]:
     return [sys.executable, "-m", "pipelines.run", *(f"--{name}={value}" for name, value in options.items()), *flags]
 
 
-def _peer(program: str, environment: str | None = None) -> Callable[[Place], list[str]]:
+def _peer(program: str, *options: str, environment: str | None = None) -> Callable[[Place], list[str]]:
     python = str(ENVIRONMENTS / environment / "bin/python") if environment else sys.executable
-    return lambda place: [python, str(HERE / program), str(place.log), str(place.store), str(place.rows)]
+    return lambda place: [python, str(HERE / program), str(place.log), str(place.store), str(place.rows), *options]
 
 
 _TRIGGER = {"live": "0s", "live_identity": "1s"}
@@ -100,8 +100,10 @@ def _unbounded(runner: str) -> Callable[[Place], list[str]]:
 MICRO = Follower("ours, micro-batch", lambda place: ours(place, "micro-batch", "--trigger=1s"))
 FLINK = Follower("ours, Flink", _unbounded("FlinkRunner"), ready=60)
 PRISM = Follower("ours, Prism", _unbounded("PrismRunner"), ready=20)
-BYTEWAX = Follower("Bytewax", _peer("live_bytewax.py", "bytewax"), partitions=1)
-BEAM = Follower("Beam, per row, micro-batch", _peer("live_beam_rows.py"))
+BYTEWAX = Follower("Bytewax", _peer("live_bytewax.py", environment="bytewax"), partitions=1)
+BEAM = Follower("Beam, per row, micro-batch", _peer("live_beam_rows.py", "micro-batch"))
+BEAM_FLINK = Follower("Beam, per row, Flink", _peer("live_beam_rows.py", "Flink"), ready=60)
+FOLLOWERS = (MICRO, FLINK, PRISM, BYTEWAX, BEAM, BEAM_FLINK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +124,9 @@ FULL = (
     Case("live", "arrow", 600_000, (MICRO,)),
     Case("live_identity", "json", 50_000, (MICRO,)),
     Case("live_identity", "json", 100_000, (MICRO, FLINK, PRISM)),
-    Case("live", "arrow", 12_500, (BEAM, BYTEWAX)),
-    Case("live", "arrow", 25_000, (BEAM, BYTEWAX)),
+    Case("live", "arrow", 5_000, (BEAM_FLINK,)),
+    Case("live", "arrow", 12_500, (BEAM, BEAM_FLINK, BYTEWAX)),
+    Case("live", "arrow", 25_000, (BEAM, BEAM_FLINK, BYTEWAX)),
     Case("live", "arrow", 50_000, (BYTEWAX,)),
 )
 
@@ -231,7 +234,7 @@ def _chosen(
     if rate is not None:
         job = only[0] if only else "live"
         found = next(case for case in FULL if case.job == job)
-        followers = [one for one in (MICRO, FLINK, PRISM, BYTEWAX, BEAM) if one.name in (names or (MICRO.name,))]
+        followers = [one for one in FOLLOWERS if one.name in (names or (MICRO.name,))]
         yield from ((dataclasses.replace(found, rate=rate), follower) for follower in followers)
         return
     for case in cases:

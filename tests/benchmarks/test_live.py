@@ -52,15 +52,25 @@ def test_a_window_counts_from_the_sight_of_its_last_count() -> None:
     assert watched.latencies({SECOND: 9.5}) == [math.inf]
 
 
-def test_a_rate_is_held_only_in_time_and_with_every_row() -> None:
-    def run(rate: int, p99: float, counted: int) -> LiveRun:
-        sizes = {"sent": 10, "counted": counted, "backlog": 0, "surge": 0, "p50": 0.1, "p99": p99, "drained": 1.0}
-        costs = {"status": 0, "cpu": 1.0, "wall": 1.0, "peak_mib": 1.0, "feeder_cpu": 1.0, "behind": 0.0, "load": 0.1}
-        return LiveRun(job="live", format="arrow", peer=page.MICRO, rate=rate, seconds=60, **sizes, **costs)  # type: ignore[arg-type]
+def run(rate: int, p99: float, counted: int, peer: str = page.MICRO, cpu: float = 1.0) -> LiveRun:
+    sizes = {"sent": 10, "counted": counted, "backlog": 0, "surge": 0, "p50": 0.1, "p99": p99, "drained": 1.0}
+    costs = {"status": 0, "cpu": cpu, "wall": 1.0, "peak_mib": 1.0, "feeder_cpu": 1.0, "behind": 0.0, "load": 0.1}
+    return LiveRun(job="live", format="arrow", peer=peer, rate=rate, seconds=60, **sizes, **costs)  # type: ignore[arg-type]
 
+
+def test_a_rate_is_held_only_in_time_and_with_every_row() -> None:
     figures = Figures({}, [])
     for made in (run(200_000, 1.0, 10), run(300_000, 2.5, 10), run(400_000, 1.0, 9), run(200_000, 1.5, 10)):
         figures.add_live(made)
     assert [made.p99 for made in figures.live] == [2.5, 1.0, 1.5]
     bars = page.tables(figures)["live-bars"]
     assert "| micro-batch, Arrow: rows/s held | at least 200,000 | 200,000 | met |" in bars
+
+
+def test_the_same_flink_is_compared_at_the_greatest_rate_of_each() -> None:
+    figures = Figures({}, [])
+    assert page.tables(figures)["live-flink"] == page.NONE
+    figures.live = [run(rate, 1.0, 10, page.ROWS_FLINK, cpu) for rate, cpu in ((10_000, 0.0006), (5_000, 0.0009))]
+    figures.live += [run(rate, 1.0, 10, page.FLINK, cpu) for rate, cpu in ((200_000, 0.0001), (400_000, 0.00002))]
+    told = page.tables(figures)["live-flink"]
+    assert "60.0 CPU-s per 1M rows at 10,000 rows/s: 30 times the 2.00 of ours at 400,000 rows/s" in told
