@@ -192,12 +192,11 @@ def _places(options: PipelineOptions, endpoint: str) -> Callable[[], list[str]] 
     master = options.view_as(FlinkRunnerOptions).flink_master
     if re.fullmatch(r"(https?://)?[^\[\]/]+:\d+", master):
         return lambda: [master if master.startswith("http") else f"http://{master}"]
-    cluster = clusters.found("flink")
-    if cluster is not None and cluster.endpoint == endpoint:
+    if (log := jobs.LOGS.get(endpoint)) is not None:
+        return lambda: [f"http://{at}" for at in reversed(_LISTENS.findall(log.read_text()))]
+    if (cluster := clusters.found("flink")) is not None and cluster.endpoint == endpoint:
         return lambda: [cluster.facts["rest"]]
-    if (log := jobs.LOGS.get(endpoint)) is None:
-        return None
-    return lambda: [f"http://{at}" for at in reversed(_LISTENS.findall(log.read_text()))]
+    return None
 
 
 @contextlib.contextmanager
