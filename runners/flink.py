@@ -66,6 +66,7 @@ _LISTENS = re.compile(r"Rest endpoint listening at (\S+:\d+)")
 _OURS = re.compile(r"^pipelines\.transforms\.errors\.(?:UserError|DataRefused): ", re.MULTILINE)
 
 _CANCELLED = "JobCancellationException"
+_OTHER = "Cannot map checkpoint/savepoint state for operator"
 
 START = 120.0
 """Seconds until a job that was submitted is known to Flink."""
@@ -140,6 +141,12 @@ class _Followed:
         except KeyboardInterrupt:
             self._stop()
             raise
+        if self.failed is not None and _OTHER in str(self.failed):
+            raise UserError(
+                f"{self.following.since}: is of another graph, as another --parallelism makes one (a cluster's is "
+                f"{flink_cluster.PARALLELISM}, that of Flink in this process 1); go on with that, or start again with "
+                "--rebuild, which reads the log from its first offset"
+            )
         if self.failed is not None and _CANCELLED not in str(self.failed):
             raise self.failed
 

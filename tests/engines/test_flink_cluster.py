@@ -71,8 +71,11 @@ def test_a_stream_survives_the_kill_of_every_member_and_equals_a_bounded_run(
         assert views(tmp_path / "batch", "FlinkRunner") == direct  # there is room beside a stream
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, stream.said[-3000:]
-    stream.send(100)  # and it goes on with another parallelism
-    with stream.running(f"--state_backend={backend}", "--until=end", "--parallelism=1", local=False) as process:
+    stream.send(100)
+    with stream.running(f"--state_backend={backend}", "--parallelism=1", local=False) as process:
+        assert process.wait(120) == 2
+    assert "is of another graph, as another --parallelism makes one" in stream.said
+    with stream.running(f"--state_backend={backend}", "--until=end", local=False) as process:
         assert process.wait(120) == 0, stream.said[-3000:]
     stream.check()
 
