@@ -60,7 +60,9 @@ def test_a_stream_survives_the_kill_of_every_member_and_equals_a_bounded_run(
             stream.send(300)
             time.sleep(3)  # a checkpoint, or not
             (killed,) = (one for one in clusters.up("flink").members if one.name == name)
-            os.kill(killed.pid, signal.SIGKILL)
+            gone = psutil.Process(killed.pid)
+            gone.kill()
+            gone.wait(10)  # a great one takes its time, and is alive till then
             start = time.monotonic()
             stream.send(300)
             clusters.up("flink")

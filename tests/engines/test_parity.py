@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import hypothesis.strategies as st
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
@@ -42,6 +43,8 @@ def larger(draw: st.DrawFn) -> Stream:
     of = stream.case.pipeline
     rows = samples.history(of, seed, ROWS)
     rows = rows.set_column(0, "id", pa.array(np.arange(ROWS)))
+    whole = pc.floor_temporal(rows["t"], unit="millisecond")  # as sessions tell event times
+    rows = rows.set_column(rows.schema.get_field_index("t"), rows.schema.field("t"), whole)
     case = dataclasses.replace(stream.case, rows=rows)
     other = None if stream.other is None else dataclasses.replace(stream.other, rows=rows)
     return dataclasses.replace(stream, case=case, other=other, turns=8, restarts=draw(st.integers(0, 1)))
