@@ -194,7 +194,8 @@ class Report:
         store = f" · store {masked(deployment.store)}" if deployment.store else ""
         if "positions" in self.facts:
             next_ = " · ".join(f"{name} at {offset:,}" for name, offset in sorted(self.facts["positions"].items()))
-            return f"  {took}{store} · report {masked(deployment.report)}\n  goes on at partition {next_}"
+            goes_on = f"at partition {next_}" if next_ else "where the log begins"
+            return f"  {took}{store} · report {masked(deployment.report)}\n  goes on {goes_on}"
         places = f"warehouse {masked(deployment.warehouse)}{store} · report {masked(deployment.report)}"
         warehouse = "" if deployment.warehouse == Deployment.warehouse else f" --warehouse={deployment.warehouse}"
         return f'  {took} · {places}\n  next: {_command()} query "{_question(self.pipeline)}"{masked(warehouse)}'

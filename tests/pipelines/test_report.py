@@ -144,3 +144,12 @@ def test_cells(value: object, shown: str) -> None:
 
 def test_a_grid_without_rows_has_its_names() -> None:
     assert report.grid(("a", "b"), []) == "a  b"
+
+
+def test_a_live_run_says_where_it_goes_on() -> None:
+    def last(**positions: int) -> str:
+        facts: Facts = {**FACTS, "positions": positions}
+        return Report(READINGS, Deployment(mode="micro-batch"), facts, DONE.usage).foot().splitlines()[-1]
+
+    assert last(b=1_200, a=7) == "  goes on at partition a at 7 · b at 1,200"
+    assert last() == "  goes on where the log begins"
