@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import fsspec
+from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
 
 from pipelines import drift, job, report, resume
 from pipelines.definition import Pipeline
@@ -68,7 +69,17 @@ def run(
         stack.enter_context(drift.shown(report.title(pipeline, deployment), stream.facts))
         if isinstance(engine, Resumable):
             return _resumed(stream, deployment, engine, flags)
+        if PipelineOptions(list(flags)).view_as(GoogleCloudOptions).template_location:
+            _staged(stream, engine, flags)
+            return _facts(stream)
         return _anew(stream, deployment, engine, flags)
+
+
+def _staged(stream: Stream, engine: Engine, flags: Sequence[str]) -> None:
+    """As a template: nothing runs yet, so nothing of before goes."""
+    if stream.store:
+        stream.layer.resume(stream.store, anew=True)
+    engine.run(lambda root: build(root, stream), ["--streaming", *flags])
 
 
 def _anew(stream: Stream, deployment: Deployment, engine: Engine, flags: Sequence[str]) -> dict[str, Any]:

@@ -11,16 +11,17 @@ import click.testing
 import pyarrow as pa
 import pytest
 
-from pipelines import Count, Filter, Pipeline, Source, Tumbling, View, job, resume, running
+from pipelines import Count, Filter, Pipeline, Source, Tumbling, View, job, resume, running, streaming
 from pipelines.io.log import open_log
 from pipelines.io.store import LIVE, StoreConflict, open_store
+from pipelines.io.turns import Turn
 from pipelines.job import Job
 from pipelines.jobs import jobs
 from pipelines.layer import Layer, layer
 from pipelines.live import SpeedLayer
 from pipelines.options import Deployment
 from pipelines.run import dry_run
-from pipelines.runners import direct, preflight
+from pipelines.runners import Detached, direct, preflight
 from pipelines.transforms.errors import UserError
 
 
@@ -138,8 +139,6 @@ def test_what_was_to_end_ends_as_it_was_to(deployment: Deployment) -> None:
 
 
 def test_two_modes_do_not_share_a_state(deployment: Deployment) -> None:
-    from pipelines.io.turns import Turn
-
     turns = made(deployment).turns
     turns.commit(Turn(1, (), {}))
     with pytest.raises(UserError, match="its state is of --mode=micro-batch"):
@@ -195,6 +194,24 @@ def test_a_dry_run_of_a_stream_holds_its_graph_against_what_is_known(
     with pytest.raises(UserError, match=r"preflight: FlinkRunner: an unbounded source \(.*: it is a test"):
         dry_run(pipeline(), deployment)
     assert not Path(deployment.state).exists() and not Path(deployment.store or "").exists()
+
+
+def test_a_stream_that_is_staged_as_a_template_takes_nothing_from_one_that_runs(deployment: Deployment) -> None:
+    class Staging:
+        DEALT = False
+
+        def run(self, *_: Any) -> None:
+            raise Detached("staged")
+
+    made(deployment).resume(deployment.store or "", anew=True)
+    live_rows(deployment, pipeline(), upsert=True)
+    turns = made(deployment).turns
+    turns.commit(Turn(1, (), {}))
+    engine: Any = Staging()
+    with pytest.raises(Detached):
+        streaming.run(pipeline(), deployment, engine, ["--template_location=gs://bucket/template"])
+    assert live_rows(deployment, pipeline()) == 1
+    assert turns.last() is not None and job.read(turns.uri) is None
 
 
 class Engine:
